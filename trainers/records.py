@@ -1,0 +1,264 @@
+"""What a run leaves behind: record types, statuses and file names, defined once.
+
+A record is one JSON object per line with the keys `run, attempt, kind, step` and its own fields.
+JSON has no NaN, so non-finite floats are written as the strings "NaN", "Infinity", "-Infinity"
+(the convention of proto3 JSON) and read back as floats.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+RECORD_VERSION = 1
+
+# Statuses of a run.
+PENDING = "pending"
+RUNNING = "running"
+COMPLETED = "completed"
+DIVERGED = "diverged"
+OOM = "oom"
+FAILED = "failed"
+QUARANTINED = "quarantined"
+STATUSES = (PENDING, RUNNING, COMPLETED, DIVERGED, OOM, FAILED, QUARANTINED)
+FINISHED = (COMPLETED, DIVERGED)
+"""Statuses that are results: a relaunch leaves these runs alone."""
+
+# Files of a run's folder, here and in the store.
+CONFIG = "config.json"
+STATUS = "status.json"
+SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Common part of every record. `step` counts optimizer steps done when it was taken."""
+
+    run: str
+    attempt: int
+    step: int
+
+    kind: ClassVar[str]
+    key: ClassVar[tuple[str, ...]] = ("run", "step")
+    """Fields that make a row unique; of two rows the higher attempt counts."""
+    exact: ClassVar[tuple[str, ...]] = ()
+    """Fields that must agree between attempts where exact resume is promised."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord(Record):
+    """One optimizer step."""
+
+    kind: ClassVar[str] = "steps"
+    exact: ClassVar[tuple[str, ...]] = ("loss", "grad_norm", "lr", "muon_lr")
+
+    tokens_seen: int
+    loss: float
+    """Mean cross-entropy of the step's batch, in nats, before the update."""
+    grad_norm: float
+    """Global norm before the clip."""
+    lr: float
+    muon_lr: float
+    step_ms: float
+    tokens_per_s: float
+    time: float
+    """Unix seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRecord(Record):
+    """Losses on the fixed evaluation sets, in nats per token."""
+
+    kind: ClassVar[str] = "evals"
+    exact: ClassVar[tuple[str, ...]] = ("train_loss", "val_loss")
+
+    tokens_seen: int
+    train_loss: float
+    val_loss: float
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class SpectrumRecord(Record):
+    """Singular values and Gram statistics of one matrix (paper, Appendix A, 'Spectral diagnostics')."""
+
+    kind: ClassVar[str] = "spectra"
+    key: ClassVar[tuple[str, ...]] = ("run", "step", "matrix")
+    exact: ClassVar[tuple[str, ...]] = ("sigma_max", "sigma_min")
+
+    matrix: str
+    """Parameter name, e.g. "h.0.attn.c_attn"."""
+    layer: int
+    module: str
+    """"attn" or "mlp"."""
+    manifold: str
+    sigma: list[float]
+    """All singular values, descending."""
+    sigma_max: float
+    sigma_min: float
+    gram_diag: list[float]
+    """Diagonal of WᵀW (W tall)."""
+    gram_off_norm: float
+    """Frobenius norm of the off-diagonal part of WᵀW."""
+    gram_norm: float
+    """Frobenius norm of WᵀW."""
+
+
+RECORD_TYPES: dict[str, type[Record]] = {t.kind: t for t in (StepRecord, EvalRecord, SpectrumRecord)}
+KINDS = tuple(RECORD_TYPES)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, list):
+        return [_to_json(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _to_json(v) for k, v in value.items()}
+    return value
+
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _to_float(value: Any) -> float:
+    return _NON_FINITE[value] if isinstance(value, str) else float(value)
+
+
+def dumps(value: Any) -> str:
+    """Strict JSON of a dict of plain values; non-finite floats become strings."""
+    return json.dumps(_to_json(value), allow_nan=False, separators=(",", ":"))
+
+
+def encode(record: Record) -> bytes:
+    """One line of a part file, newline included."""
+    return (dumps({"kind": record.kind, **asdict(record)}) + "\n").encode()
+
+
+def decode(line: str | bytes) -> Record:
+    """The record of one line.
+
+    Raises:
+        ValueError: not JSON, an unknown kind, or a missing field. Unknown fields are ignored:
+            a newer version may have added them.
+    """
+    row = json.loads(line)
+    if not isinstance(row, dict) or row.get("kind") not in RECORD_TYPES:
+        raise ValueError("not a record of a known kind")
+    record_type = RECORD_TYPES[row["kind"]]
+    values: dict[str, Any] = {}
+    for field in fields(record_type):
+        if field.name not in row:
+            raise ValueError(f"field {field.name!r} is missing")
+        value = row[field.name]
+        if field.type == "float":
+            value = _to_float(value)
+        elif field.type == "list[float]":
+            value = [_to_float(v) for v in value]
+        values[field.name] = value
+    return record_type(**values)
+
+
+def attempt_dir(attempt: int) -> str:
+    return f"attempt-{attempt:03d}"
+
+
+def part_name(kind: str, sequence: int) -> str:
+    return f"{kind}-{sequence:06d}.jsonl"
+
+
+PART = re.compile(r"attempt-(\d{3,})/([a-z]+)-(\d{6,})\.jsonl$")
+
+
+class PartWriter:
+    """Appends records of one attempt to numbered part files.
+
+    Every record is one `os.write`, so a killed process loses at most the line it was writing.
+    The open part carries the suffix `.open`; `roll` renames it to its final name, after which it
+    never changes and may be shipped.
+    """
+
+    def __init__(self, run_dir: Path, attempt: int) -> None:
+        self.folder = run_dir / attempt_dir(attempt)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._open: dict[str, tuple[int, Path]] = {}
+        self._next = dict.fromkeys(KINDS, 0)
+        self._rolled = time.monotonic()
+
+    def append(self, record: Record) -> None:
+        if record.kind not in self._open:
+            path = self.folder / (part_name(record.kind, self._next[record.kind]) + ".open")
+            self._open[record.kind] = (os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), path)
+        os.write(self._open[record.kind][0], encode(record))
+
+    def roll(self) -> None:
+        """Close every open part and give it its final name."""
+        for kind, (descriptor, path) in self._open.items():
+            os.fsync(descriptor)
+            os.close(descriptor)
+            path.rename(path.with_suffix(""))
+            self._next[kind] += 1
+        self._open.clear()
+        self._rolled = time.monotonic()
+
+    def roll_if_older(self, seconds: float) -> None:
+        if self._open and time.monotonic() - self._rolled >= seconds:
+            self.roll()
+
+
+def read_part(path: Path) -> Iterator[Record]:
+    """Records of one part file. A torn last line (a process killed while writing) is dropped.
+
+    Raises:
+        ValueError: a broken line that is not the last, with the file's name and the line's number.
+    """
+    yield from parse_part(path.read_bytes(), name=str(path))
+
+
+def parse_part(data: bytes, *, name: str) -> Iterator[Record]:
+    """Records of the bytes of a part; see `read_part`."""
+    lines = data.split(b"\n")
+    torn = lines.pop()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield decode(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{name}:{number}: {error}") from None
+    if torn:
+        try:
+            yield decode(torn)
+        except (ValueError, KeyError, TypeError):
+            return
+
+
+def latest(records: Iterable[Record]) -> tuple[list[Record], list[tuple[Record, Record]]]:
+    """Each row once: of rows with one key the highest attempt counts.
+
+    Returns the rows ordered by key, and the pairs whose `exact` fields differ between attempts.
+    """
+    best: dict[tuple[Any, ...], Record] = {}
+    conflicts: list[tuple[Record, Record]] = []
+    for record in records:
+        key = (record.kind, *(getattr(record, name) for name in record.key))
+        seen = best.get(key)
+        if seen is None:
+            best[key] = record
+            continue
+        older, newer = sorted((seen, record), key=lambda r: r.attempt)
+        if any(not _same(getattr(older, name), getattr(newer, name)) for name in record.exact):
+            conflicts.append((older, newer))
+        best[key] = newer
+    return [best[key] for key in sorted(best)], conflicts
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(a == b) or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
