@@ -113,6 +113,32 @@ class SpectrumRecord(Record):
     """Frobenius norm of WᵀW."""
 
 
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The end of a run; its file is written last, so its presence means complete."""
+
+    run_id: str
+    arm: str
+    seed: int
+    status: str
+    reason: str
+    steps: int
+    horizon: int
+    tokens_seen: int
+    final_val_loss: float | None
+    final_train_loss: float | None
+    best_val_loss: float | None
+    best_step: int | None
+    verdict: dict[str, Any]
+    attempts: int
+    started: float
+    finished: float
+    train_seconds: float
+    """Time spent in optimizer steps, evaluation excluded, over all attempts."""
+    rows: dict[str, int]
+    schema: int = RECORD_VERSION
+
+
 RECORD_TYPES: dict[str, type[Record]] = {t.kind: t for t in (StepRecord, EvalRecord, SpectrumRecord)}
 KINDS = tuple(RECORD_TYPES)
 
@@ -166,6 +192,16 @@ def decode(line: str | bytes) -> Record:
             value = [_to_float(v) for v in value]
         values[field.name] = value
     return record_type(**values)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write strict JSON so that a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(dumps(value) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
 
 
 def attempt_dir(attempt: int) -> str:

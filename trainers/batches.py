@@ -1,0 +1,60 @@
+"""Which tokens a step sees: a pure function of (seed, step), whatever the number of workers.
+
+Batch t of a seed is drawn with the counter-based generator Philox, key = seed, counter = t, as
+start positions over the whole corpus; each worker reads its slice of them. There is no generator
+state to save, and nothing that evaluation could disturb.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from trainers.corpus import read_shard
+from trainers.errors import InputError
+
+EVALUATION_KEY = 0x6576616C
+"""Key of the evaluation sets ("eval"): the same windows for every seed, arm and cadence."""
+
+Windows = npt.NDArray[np.int64]
+
+
+class Batches:
+    """Windows of `context` + 1 tokens from the shards of one split.
+
+    Raises:
+        InputError: no shard holds a whole window, or a shard is damaged.
+    """
+
+    def __init__(self, shards: Sequence[Path], context: int) -> None:
+        self.context = context
+        self._shards = [read_shard(path) for path in shards]
+        starts = [max(0, len(shard) - context) for shard in self._shards]  # starts of whole windows
+        self._ends = np.cumsum(starts)
+        if not len(starts) or self._ends[-1] == 0:
+            names = ", ".join(path.name for path in shards[:3])
+            raise InputError(
+                f"data: {names} hold no window of context {context} + 1 tokens; use a smaller context"
+            )
+
+    def positions(self, key: int, step: int, batch_size: int) -> Windows:
+        """Start positions (batch_size,) of the global batch `step` under `key`."""
+        generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, step]))
+        return generator.integers(0, self._ends[-1], batch_size)
+
+    def batch(self, key: int, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Windows:
+        """Rank's slice of global batch `step`: (batch_size / world_size, context + 1) token ids."""
+        share = batch_size // world_size
+        return self.read(self.positions(key, step, batch_size)[rank * share : (rank + 1) * share])
+
+    def read(self, positions: Windows) -> Windows:
+        """Windows (len(positions), context + 1) at global start positions."""
+        rows = np.empty((len(positions), self.context + 1), np.int64)
+        for row, position in zip(rows, positions, strict=True):
+            index = int(np.searchsorted(self._ends, position, side="right"))
+            start = int(position - (self._ends[index - 1] if index else 0))
+            row[:] = self._shards[index][start : start + self.context + 1]
+        return rows

@@ -1,0 +1,75 @@
+"""The process group of one run: torchrun's environment variables, gloo on CPUs, nccl on GPUs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""A worker that waits longer than this for the others fails, so that a hang ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place; every rank gets the same bits."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather_bytes(self, values: Tensor) -> list[Tensor]:
+        """CPU uint8 tensors of one shape from every rank, in rank order."""
+        if self.world_size == 1:
+            return [values]
+        mine = values.to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(parts, mine)
+        return [part.cpu() for part in parts]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """`auto` takes CUDA if there is one. Ranks beyond the GPUs share them, which needs gloo."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
+
+
+@contextmanager
+def join(wanted: str) -> Iterator[Group]:
+    """The group that the environment describes (torchrun's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*),
+    or a group of one. It is left on every way out."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = pick_device(wanted, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        yield Group(0, 1, device)
+        return
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    one_gpu_each = device.type == "cuda" and local_world <= torch.cuda.device_count()
+    dist.init_process_group("nccl" if one_gpu_each else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    try:
+        yield Group(rank, world_size, device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,544 @@
+"""Train one run: a config and a folder in, records, checkpoints and a summary in that folder out.
+
+Alone:            python -m trainers.train run.yaml --out runs
+On many devices:  torchrun --nproc-per-node 8 -m trainers.train run.yaml --out runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainers import checkpoint, corpus, records
+from trainers.batches import EVALUATION_KEY, Batches
+from trainers.checkpoint import Progress, TrainState
+from trainers.config import SCHEMA_VERSION, RunConfig, run_id
+from trainers.distributed import Group, join
+from trainers.errors import InputError
+from trainers.models.gpt2 import GPT2
+from trainers.optim import ManifoldMuon
+from trainers.param_groups import NamedParameter, classify, optimizer_groups
+from trainers.probes.spectra import spectrum_records
+from trainers.provenance import code_digest, provenance
+from trainers.records import EvalRecord, PartWriter, Record, StepRecord, Summary
+from trainers.schedule import lr_factor
+from trainers.stability import HARD_SPIKE, judge
+
+EXIT_STOPPED = 75
+"""Exit code of a run that was asked to stop and saved its state (EX_TEMPFAIL: run it again)."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def train(
+    run: RunConfig,
+    run_dir: Path,
+    *,
+    attempt: int | None = None,
+    on_record: Callable[[Record], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Summary | None:
+    """Train `run` to its end, going on from the newest checkpoint in `run_dir` if there is one.
+
+    Args:
+        run: the whole experiment; `data.digest` is filled in if it is None.
+        run_dir: the run's own folder; see `trainers.records` for what is in it.
+        attempt: number of this try; None is one more than the folder has seen.
+        on_record: called on rank 0 with every record, after it was written.
+        should_stop: asked on every rank each step; if any says yes, all save their state and return.
+
+    Returns:
+        The summary, also when the run diverged; None when it was stopped.
+
+    Raises:
+        InputError: data or batch shape that cannot be trained on.
+    """
+    torch.set_num_threads(run.runtime.threads)
+    tokens = corpus.prepare(run.data)
+    run = run.model_copy(
+        update={"data": run.data.model_copy(update={"digest": run.data.digest or tokens.digest})}
+    )
+    with join(run.runtime.device) as group:
+        work = _set_up(run, run_dir, tokens, group, attempt, on_record)
+        return _loop(work, should_stop)
+
+
+@dataclass
+class _Work:
+    """What the loop holds."""
+
+    run: RunConfig
+    run_dir: Path
+    group: Group
+    state: TrainState
+    named: list[NamedParameter]
+    forward: nn.Module
+    """The model as it is called to evaluate: compiled where that pays."""
+    network: nn.Module
+    """The model as it is called to train: `forward`, in DDP where there are several ranks."""
+    train_batches: Batches
+    val_batches: Batches
+    share: int
+    """Sequences of a batch on this rank."""
+    micro: int
+    """Sequences per forward pass."""
+    log: _Log
+    identity: dict[str, Any]
+    started: float
+    attempt: int
+
+
+class _Log:
+    """Writes records on rank 0 and shows them to a listener."""
+
+    def __init__(self, parts: PartWriter | None, listener: Callable[[Record], None] | None) -> None:
+        self.parts = parts
+        self.listener = listener
+
+    def add(self, record: Record) -> None:
+        if self.parts:
+            self.parts.append(record)
+            if self.listener:
+                self.listener(record)
+
+    def commit(self) -> None:
+        if self.parts:
+            self.parts.roll()
+
+    def commit_if_older(self, seconds: float) -> None:
+        if self.parts:
+            self.parts.roll_if_older(seconds)
+
+
+def _set_up(
+    run: RunConfig,
+    run_dir: Path,
+    tokens: corpus.Corpus,
+    group: Group,
+    attempt: int | None,
+    listener: Callable[[Record], None] | None,
+) -> _Work:
+    name = run_id(run)
+    share, micro = _batch_shape(run, group)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    attempt = attempt or _next_attempt(run_dir)
+    group.barrier()  # every rank has read the folder before rank 0 writes to it
+    model = GPT2(run.model)
+    model.initialize(run.seed)
+    model.to(group.device)
+    torch.manual_seed(run.seed * 65_536 + group.rank)  # dropout: its own stream on every rank
+    named = classify(model)
+    state = TrainState(model, _optimizers(named, run, group.device), Progress())
+    identity = {"run_id": name, "data": run.data.digest, "code": code_digest()}
+    found, refused = checkpoint.load_newest(run_dir, state, group, identity=identity)
+    if not found and "muon" in state.optimizers:
+        state.optimizers["muon"].retract_()  # type: ignore[attr-defined]
+    forward = _compiled(model, run, group)
+    if group.is_main:
+        for line in refused:
+            print(line, file=sys.stderr, flush=True)
+        facts = provenance(run, group.device, group.world_size, attempt)
+        config = {"schema": SCHEMA_VERSION, "run_id": name, "config": run.model_dump(mode="json")}
+        records.write_json(run_dir / records.CONFIG, {**config, "provenance": facts})
+    return _Work(
+        run=run,
+        run_dir=run_dir,
+        group=group,
+        state=state,
+        named=named,
+        forward=forward,
+        network=_data_parallel(forward, run, group, micro),
+        train_batches=Batches(tokens.train, run.model.context),
+        val_batches=Batches(tokens.val, run.model.context),
+        share=share,
+        micro=micro,
+        log=_Log(PartWriter(run_dir, attempt) if group.is_main else None, listener),
+        identity=identity,
+        started=time.time(),
+        attempt=attempt,
+    )
+
+
+def _batch_shape(run: RunConfig, group: Group) -> tuple[int, int]:
+    """Sequences per rank, and per forward pass."""
+    batch, workers = run.schedule.batch_size, group.world_size
+    if batch % workers:
+        raise InputError(f"schedule.batch_size {batch} is not a multiple of the {workers} workers")
+    share = batch // workers
+    micro = min(run.runtime.micro_batch or share, share)
+    if share % micro:
+        raise InputError(f"runtime.micro_batch {micro} does not divide the {share} sequences of a worker")
+    return share, micro
+
+
+def _next_attempt(run_dir: Path) -> int:
+    seen = [int(p.name.removeprefix("attempt-")) for p in run_dir.glob("attempt-[0-9]*")]
+    return 1 + max(seen, default=0)
+
+
+def _optimizers(
+    named: list[NamedParameter], run: RunConfig, device: torch.device
+) -> dict[str, torch.optim.Optimizer]:
+    muon_groups, adamw_groups = optimizer_groups(named, run)
+    muon, adamw = run.optimizer.muon, run.optimizer.adamw
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "adamw": torch.optim.AdamW(adamw_groups, lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, fused=True)
+    }
+    if muon_groups:
+        optimizers["muon"] = ManifoldMuon(
+            muon_groups,
+            lr=muon.lr,
+            momentum=muon.momentum,
+            dual_steps=muon.dual_steps,
+            dual_alpha=muon.dual_alpha,
+            polish=muon.polish,
+            msign_steps=muon.msign_steps,
+            msign_dtype=DTYPES[muon.msign_dtype or run.precision],
+        )
+    return optimizers
+
+
+def _compiled(model: GPT2, run: RunConfig, group: Group) -> nn.Module:
+    wanted = run.runtime.compile
+    if wanted is None:
+        wanted = group.device.type == "cuda"
+    return torch.compile(model) if wanted else model  # type: ignore[return-value]
+
+
+def _data_parallel(forward: nn.Module, run: RunConfig, group: Group, micro: int) -> nn.Module:
+    if group.world_size == 1:
+        return forward
+    device_ids = [group.device] if group.device.type == "cuda" else None
+    network = DistributedDataParallel(forward, device_ids=device_ids)
+    # DDP rebuilds its buckets after the first backward pass, which changes the order of sums from
+    # three ranks on. Two passes that are thrown away put that behind us, so that a resumed run and
+    # an uninterrupted one add in the same order.
+    blank = torch.zeros(micro, run.model.context, dtype=torch.int64, device=group.device)
+    with torch.random.fork_rng(enabled=run.model.dropout > 0):
+        for _ in range(2):
+            with _autocast(run, group):
+                loss = network(blank, blank)
+            loss.backward()
+    network.zero_grad(set_to_none=True)
+    return network
+
+
+def _autocast(run: RunConfig, group: Group) -> torch.autocast:
+    return torch.autocast(group.device.type, torch.bfloat16, enabled=run.precision == "bfloat16")
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+def _loop(work: _Work, should_stop: Callable[[], bool]) -> Summary | None:
+    run, progress = work.run, work.state.progress
+    horizon = run.schedule.steps
+    nonfinite_at: int | None = None
+    if not progress.evaluations:
+        _evaluate(work)
+    spiked = _spiked(work)
+    while progress.step < horizon and not spiked:
+        finite, stop = _train_step(work, should_stop())
+        if not finite:
+            nonfinite_at = progress.step
+            break
+        if progress.step % run.evaluation.every == 0 or progress.step == horizon:
+            _evaluate(work)
+            spiked = _spiked(work)
+        if stop or progress.step % run.runtime.checkpoint_every == 0 or progress.step == horizon:
+            _save(work)
+        else:
+            work.log.commit_if_older(run.runtime.part_seconds)
+        if stop and progress.step < horizon and not spiked:
+            return None
+    work.log.commit()
+    return _finish(work, nonfinite_at, spiked)
+
+
+def _train_step(work: _Work, wants_stop: bool) -> tuple[bool, bool]:
+    """One optimizer step. Returns (the loss and gradient were finite, some rank wants to stop).
+
+    Nothing is updated when they were not finite.
+    """
+    run, group, state = work.run, work.group, work.state
+    begun = time.perf_counter()
+    factor = lr_factor(state.progress.step, run.schedule)
+    rows = work.train_batches.batch(
+        run.seed, state.progress.step, run.schedule.batch_size, group.rank, group.world_size
+    )
+    loss = _forward_backward(work, _to_device(rows, group))
+    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), run.optimizer.grad_clip)
+    # One exchange for both facts, so that all ranks take the same way.
+    shared = group.sum_(torch.stack([loss, loss.new_tensor(float(wants_stop))]))
+    mean_loss, stop_votes = (shared / group.world_size).tolist()
+    norm = float(grad_norm)
+    finite = math.isfinite(mean_loss) and math.isfinite(norm)
+    if finite:
+        for optimizer in state.optimizers.values():
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = parameters["peak_lr"] * factor
+            optimizer.step()
+    for parameter in state.model.parameters():
+        parameter.grad = None
+    progress = state.progress
+    progress.step += 1
+    progress.tokens_seen += run.tokens_per_step
+    seconds = time.perf_counter() - begun
+    progress.train_seconds += seconds
+    work.log.add(
+        StepRecord(
+            run=work.identity["run_id"],
+            attempt=work.attempt,
+            step=progress.step,
+            tokens_seen=progress.tokens_seen,
+            loss=mean_loss,
+            grad_norm=norm,
+            lr=run.optimizer.adamw.lr * factor,
+            muon_lr=run.optimizer.muon.lr * factor,
+            step_ms=seconds * 1e3,
+            tokens_per_s=run.tokens_per_step / seconds,
+            time=time.time(),
+        )
+    )
+    return finite, stop_votes > 0
+
+
+def _forward_backward(work: _Work, rows: Tensor) -> Tensor:  # (share, context + 1) -> scalar
+    """Accumulate the gradient of this rank's share; returns its mean loss."""
+    chunks = torch.split(rows, work.micro)
+    total = torch.zeros((), device=rows.device)
+    for index, chunk in enumerate(chunks):
+        last = index == len(chunks) - 1
+        network = work.network
+        quiet = (
+            contextlib.nullcontext()
+            if last or not isinstance(network, DistributedDataParallel)
+            else network.no_sync()
+        )
+        with quiet:
+            with _autocast(work.run, work.group):
+                loss = network(chunk[:, :-1], chunk[:, 1:]) / len(chunks)
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _to_device(rows: Any, group: Group) -> Tensor:
+    tensor = torch.from_numpy(rows)
+    if group.device.type == "cuda":
+        return tensor.pin_memory().to(group.device, non_blocking=True)
+    return tensor
+
+
+def _evaluate(work: _Work) -> None:
+    """Losses on the fixed sets, and spectra; written at once so that a checkpoint never precedes them."""
+    run, progress = work.run, work.state.progress
+    train_loss = _mean_loss(work, work.train_batches)
+    val_loss = _mean_loss(work, work.val_batches)
+    progress.evaluations.append((progress.step, train_loss, val_loss))
+    name = work.identity["run_id"]
+    if work.group.is_main and run.probes.spectra:
+        for spectrum in spectrum_records(work.named, run, name, work.attempt, progress.step):
+            work.log.add(spectrum)
+    work.log.add(
+        EvalRecord(
+            run=name,
+            attempt=work.attempt,
+            step=progress.step,
+            tokens_seen=progress.tokens_seen,
+            train_loss=train_loss,
+            val_loss=val_loss,
+            time=time.time(),
+        )
+    )
+    work.log.commit()
+
+
+@torch.no_grad()
+def _mean_loss(work: _Work, batches: Batches) -> float:
+    run, group, forward = work.run, work.group, work.forward
+    forward.eval()
+    total = torch.zeros((), dtype=torch.float64, device=group.device)
+    for index in range(run.evaluation.batches):
+        rows = batches.batch(EVALUATION_KEY, index, run.schedule.batch_size, group.rank, group.world_size)
+        for chunk in torch.split(_to_device(rows, group), work.micro):
+            with _autocast(run, group):
+                loss = forward(chunk[:, :-1], chunk[:, 1:])
+            total += loss.double() * len(chunk)
+    forward.train()
+    return float(group.sum_(total)) / (run.evaluation.batches * run.schedule.batch_size)
+
+
+def _save(work: _Work) -> None:
+    work.log.commit()  # what the checkpoint has seen is on disk before the checkpoint is
+    checkpoint.save(
+        work.run_dir,
+        work.state,
+        work.group,
+        identity=work.identity,
+        keep=work.run.runtime.keep_checkpoints,
+    )
+
+
+def _val_losses(work: _Work) -> list[tuple[int, float]]:
+    return [(step, val) for step, _, val in work.state.progress.evaluations]
+
+
+def _spiked(work: _Work) -> bool:
+    """Whether the run is to be ended for a hard spike, or for a non-finite validation loss."""
+    verdict = judge(_val_losses(work), work.run.schedule.steps, work.run.stability, ended=False)
+    if any(rule.rule != HARD_SPIKE for rule in verdict.rules):
+        return True
+    return work.run.stability.stop and verdict.unstable
+
+
+def _finish(work: _Work, nonfinite_at: int | None, spiked: bool) -> Summary | None:
+    run, progress = work.run, work.state.progress
+    evaluations = progress.evaluations
+    verdict = judge(
+        _val_losses(work), run.schedule.steps, run.stability, nonfinite_at=nonfinite_at, ended=True
+    )
+    if nonfinite_at is not None:
+        status, reason = records.DIVERGED, f"loss or gradient not finite at step {nonfinite_at}"
+    elif spiked:
+        status, reason = records.DIVERGED, f"validation loss spiked at step {verdict.first_bad}"
+    else:
+        status, reason = records.COMPLETED, ""
+    finite = [(val, step) for step, _, val in evaluations if math.isfinite(val)]
+    best_loss, best_step = min(finite) if finite else (None, None)
+    summary = Summary(
+        run_id=work.identity["run_id"],
+        arm=run.arm,
+        seed=run.seed,
+        status=status,
+        reason=reason,
+        steps=progress.step,
+        horizon=run.schedule.steps,
+        tokens_seen=progress.tokens_seen,
+        final_val_loss=evaluations[-1][2],
+        final_train_loss=evaluations[-1][1],
+        best_val_loss=best_loss,
+        best_step=best_step,
+        verdict=verdict.to_dict(),
+        attempts=work.attempt,
+        started=work.started,
+        finished=time.time(),
+        train_seconds=progress.train_seconds,
+        rows={},
+    )
+    if work.group.is_main:
+        records.write_json(work.run_dir / records.SUMMARY, asdict(summary))
+    return summary
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m trainers.train run.yaml`; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m trainers.train", description="Train one run.")
+    parser.add_argument("config", type=Path, help="run.yaml: keys of RunConfig")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs"), help="folder that gets <run_id>/ (default: runs)"
+    )
+    parser.add_argument("--run-dir", type=Path, help="the run's own folder, instead of --out")
+    parser.add_argument(
+        "--attempt", type=int, help="number of this try (default: one more than the folder has)"
+    )
+    parser.add_argument("--lifeline", action="store_true", help="save and stop when standard input closes")
+    parser.add_argument("--quiet", action="store_true", help="print no progress")
+    arguments = parser.parse_args(argv)
+    from trainers.yamlfile import load_run
+
+    try:
+        run = load_run(arguments.config)
+        if run.data.digest is None:
+            run = run.model_copy(
+                update={"data": run.data.model_copy(update={"digest": corpus.identify(run.data)})}
+            )
+        run_dir = arguments.run_dir or arguments.out / run_id(run)
+        done = run_dir / records.SUMMARY
+        if done.is_file():
+            print(f"{run_dir} is complete already")
+            return 0
+        with _stop_requests(arguments.lifeline) as stop:
+            show = None if arguments.quiet else _progress_lines(run)
+            summary = train(run, run_dir, attempt=arguments.attempt, on_record=show, should_stop=stop.is_set)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if summary is None:
+        print(f"stopped; the same command goes on from {run_dir}", file=sys.stderr)
+        return EXIT_STOPPED
+    if not arguments.quiet and os.environ.get("RANK", "0") == "0":
+        print(f"{summary.status}: validation loss {summary.final_val_loss:.4f}; records in {run_dir}")
+    return 0
+
+
+@contextlib.contextmanager
+def _stop_requests(lifeline: bool) -> Iterator[threading.Event]:
+    """An event that SIGTERM, SIGINT and, with `lifeline`, the end of standard input set."""
+    stop = threading.Event()
+    before = {
+        number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    if lifeline:
+        threading.Thread(target=_watch_stdin, args=(stop,), daemon=True).start()
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+ORPHAN_GRACE_S = 120.0
+"""How long a run whose launcher is gone may take to save itself."""
+
+
+def _watch_stdin(stop: threading.Event) -> None:
+    while os.read(0, 4096):
+        pass
+    stop.set()
+    time.sleep(ORPHAN_GRACE_S)
+    os._exit(EXIT_STOPPED)
+
+
+def _progress_lines(run: RunConfig) -> Callable[[Record], None]:
+    """A listener that prints evaluations, and a step every few seconds."""
+    last = 0.0
+
+    def show(record: Record) -> None:
+        nonlocal last
+        if isinstance(record, EvalRecord):
+            print(
+                f"step {record.step:>6}/{run.schedule.steps}  train {record.train_loss:.4f}  "
+                f"val {record.val_loss:.4f}",
+                flush=True,
+            )
+        elif isinstance(record, StepRecord) and time.monotonic() - last > 5:
+            last = time.monotonic()
+            print(
+                f"step {record.step:>6}/{run.schedule.steps}  loss {record.loss:.4f}  "
+                f"{record.tokens_per_s:,.0f} tokens/s",
+                flush=True,
+            )
+
+    return show
+
+
+if __name__ == "__main__":
+    sys.exit(main())
