@@ -257,46 +257,63 @@ class RunConfig(Section):
         return self.schedule.batch_size * self.model.context
 
 
-def science(run: RunConfig) -> dict[str, Any]:
-    """The fields that change a run's numbers, and only those.
+def module_weight_decay(module: ModuleAssignment, optimizer: OptimizerConfig) -> float:
+    """The module's own decay, or the paper's rule: none on a manifold, else the optimizer's."""
+    if module.weight_decay is not None:
+        return module.weight_decay
+    if module.manifold != "none":
+        return 0.0
+    return (optimizer.muon if module.optimizer == "muon" else optimizer.adamw).weight_decay
 
-    Options that the run's own assignment never reads (the solver of an unconstrained run, the
-    DGram retraction of a Stiefel run) are left out, so a grid over them makes no twin runs.
+
+def science(run: RunConfig) -> dict[str, Any]:
+    """The fields that change a run's numbers, where they differ from their defaults.
+
+    Leaving defaults out keeps every id when a later version adds a field. Options that the run's
+    own assignment never reads (the solver of an unconstrained run, the DGram retraction of a
+    Stiefel run) are left out too, so a grid over them makes no twin runs.
 
     Raises:
         ValueError: the data digest has not been filled in.
     """
     if run.data.digest is None:
         raise ValueError("data.digest is unknown; call trainers.corpus.identify first")
-    fields = run.model_dump(mode="json", exclude={"arm", "runtime", "probes", "data", "stability"})
-    fields["data"] = run.data.digest
+    fields = run.model_dump(
+        mode="json", exclude={"arm", "seed", "runtime", "probes", "data", "stability"}, exclude_defaults=True
+    )
+    fields |= {"schema": SCHEMA_VERSION, "data": run.data.digest, "seed": run.seed}
     if run.stability.stop:
-        fields["stability"] = run.stability.model_dump(mode="json")
-    modules = (run.assignment.attn, run.assignment.mlp)
-    managed = [m for m in modules if m.optimizer == "muon"]
-    constrained = [m for m in managed if m.manifold != "none"]
-    muon = fields["optimizer"]["muon"]
-    muon["msign_dtype"] = run.optimizer.muon.msign_dtype or run.precision
-    unused: set[str] = set()
-    if not managed:
-        unused |= set(muon)
-    if not constrained:
-        unused |= {"solver", "polish", "dual_steps", "dual_alpha"}
-    if muon["solver"] == "dual_ascent":
-        unused |= {"polish"}
-    else:
-        unused |= {"dual_steps", "dual_alpha"}
-    if not any(m.manifold == "dgram" for m in constrained):
-        unused |= {"retraction"}
-    if all(m.manifold != "none" or m.weight_decay is not None for m in managed):
-        unused |= {"weight_decay"}
-    for key in unused:
-        del muon[key]
+        fields["stability"] = run.stability.model_dump(mode="json", exclude_defaults=True)
+    muon = fields.get("optimizer", {}).get("muon", {})
+    for key in _unread(run):
+        muon.pop(key, None)
+    assignment = fields.setdefault("assignment", {})
     for kind, module in (("attn", run.assignment.attn), ("mlp", run.assignment.mlp)):
-        if module.manifold != "none" and module.weight_decay is None:
-            fields["assignment"][kind]["weight_decay"] = 0.0
-    fields["schema"] = SCHEMA_VERSION
-    return fields
+        assignment.setdefault(kind, {})["weight_decay"] = module_weight_decay(module, run.optimizer)
+    return _without_empty(fields)
+
+
+def _unread(run: RunConfig) -> set[str]:
+    """Keys of `optimizer.muon` that this run's assignment does not read, or that say the same twice."""
+    muon = run.optimizer.muon
+    managed = [m for m in (run.assignment.attn, run.assignment.mlp) if m.optimizer == "muon"]
+    constrained = {m.manifold for m in managed} - {"none"}
+    unread = {"weight_decay"}  # said by the modules
+    if not managed:
+        unread |= set(MuonConfig.model_fields)
+    if not constrained:
+        unread |= {"solver", "polish", "dual_steps", "dual_alpha"}
+    unread |= {"polish"} if muon.solver == "dual_ascent" else {"dual_steps", "dual_alpha"}
+    if "dgram" not in constrained:
+        unread |= {"retraction"}
+    if muon.msign_dtype == run.precision:
+        unread |= {"msign_dtype"}
+    return unread
+
+
+def _without_empty(fields: dict[str, Any]) -> dict[str, Any]:
+    pruned = {k: _without_empty(v) if isinstance(v, dict) else v for k, v in fields.items()}
+    return {k: v for k, v in pruned.items() if v != {}}
 
 
 def run_id(run: RunConfig) -> str:

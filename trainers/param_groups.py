@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from trainers.config import ModuleAssignment, RunConfig
+from trainers.config import ModuleAssignment, RunConfig, module_weight_decay
 
 _KINDS = (
     ("attn", re.compile(r"\.attn\.(c_attn|c_proj)\.weight$")),
@@ -59,15 +59,6 @@ def classify(model: nn.Module) -> list[NamedParameter]:
     return named
 
 
-def module_weight_decay(module: ModuleAssignment, run: RunConfig) -> float:
-    """The module's own decay, or the paper's rule: none on a manifold, else the optimizer's."""
-    if module.weight_decay is not None:
-        return module.weight_decay
-    if module.manifold != "none":
-        return 0.0
-    return (run.optimizer.muon if module.optimizer == "muon" else run.optimizer.adamw).weight_decay
-
-
 def optimizer_groups(
     named: list[NamedParameter], run: RunConfig
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -78,7 +69,7 @@ def optimizer_groups(
     for kind in MATRIX_KINDS:
         module: ModuleAssignment = getattr(run.assignment, kind)
         members = [(p.name, p.parameter) for p in named if p.kind == kind]
-        decay = module_weight_decay(module, run)
+        decay = module_weight_decay(module, run.optimizer)
         if module.optimizer == "adamw":
             adamw_groups.append(_group(kind, members, adamw.lr * module.lr_multiplier, weight_decay=decay))
             continue

@@ -19,12 +19,15 @@ PACKAGES = ("torch", "numpy", "ray", "safetensors", "tiktoken", "datasets", "pyd
 _SOURCE = Path(__file__).parent
 
 
-def provenance(run: RunConfig, device: torch.device, world_size: int, attempt: int) -> dict[str, Any]:
-    """Facts for a run's `config.json`."""
+def provenance(
+    run: RunConfig, device: torch.device, *, world_size: int, attempt: int, tokens: str
+) -> dict[str, Any]:
+    """Facts for a run's `config.json`. `tokens` is the digest of what was really read."""
     on_gpu = device.type == "cuda"
     price = cost(run)
     return {
         "attempt": attempt,
+        "tokens": tokens,
         "code": code_digest(),
         "git": _git(),
         "python": platform.python_version(),

@@ -251,6 +251,35 @@ class PartWriter:
             self.roll()
 
 
+class PartReader:
+    """Follows the parts of one attempt while another process writes them."""
+
+    def __init__(self, run_dir: Path, attempt: int) -> None:
+        self.folder = run_dir / attempt_dir(attempt)
+        self._place = dict.fromkeys(("steps", "evals"), (0, 0))  # kind: (part, offset)
+
+    def poll(self) -> list[Record]:
+        """Steps and evaluations written since the last call, each kind in order."""
+        return [record for kind in self._place for record in self._poll_kind(kind)]
+
+    def _poll_kind(self, kind: str) -> Iterator[Record]:
+        while True:
+            part, offset = self._place[kind]
+            path = self.folder / part_name(kind, part)
+            closed = path.is_file()  # asked before reading: what a closed part holds is all there is
+            try:
+                with (path if closed else path.with_name(path.name + ".open")).open("rb") as file:
+                    file.seek(offset)
+                    data = file.read()
+            except FileNotFoundError:
+                return  # not begun, or renamed just now: the next poll finds it
+            whole = data.rfind(b"\n") + 1
+            yield from parse_part(data[:whole], name=str(path))
+            self._place[kind] = (part + 1, 0) if closed else (part, offset + whole)
+            if not closed:
+                return
+
+
 def read_part(path: Path) -> Iterator[Record]:
     """Records of one part file. A torn last line (a process killed while writing) is dropped.
 

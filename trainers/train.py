@@ -151,7 +151,9 @@ def _set_up(
     if group.is_main:
         for line in refused:
             print(line, file=sys.stderr, flush=True)
-        facts = provenance(run, group.device, group.world_size, attempt)
+        facts = provenance(
+            run, group.device, world_size=group.world_size, attempt=attempt, tokens=tokens.digest
+        )
         config = {"schema": SCHEMA_VERSION, "run_id": name, "config": run.model_dump(mode="json")}
         records.write_json(run_dir / records.CONFIG, {**config, "provenance": facts})
     return _Work(

@@ -1,0 +1,377 @@
+"""Grid files: merging, expansion, and the grids that ship."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import mmsweep.grids
+from mmsweep.grid import load_grid
+from trainers.config import RUN_ID, RunConfig, run_id
+from trainers.errors import InputError
+
+DIGEST = "sha256:" + "0" * 64
+SHIPPED = Path(mmsweep.grids.__file__).parent
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(content, *, identify=lambda data: DIGEST):
+        path = tmp_path / "grid.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+        return load_grid(path, identify=identify)
+
+    return load
+
+
+# --- expansion ----------------------------------------------------------------------------------
+
+MANIFOLDS = st.sampled_from(["none", "stiefel", "dgram", "oblique"])
+AXES = {
+    "attn.lr_multiplier": st.floats(0.1, 10),
+    "optimizer.muon.solver": st.sampled_from(["projected", "dual_ascent"]),
+    "optimizer.muon.retraction": st.sampled_from(["svd_sorted", "column_norm"]),
+    "mlp.weight_decay": st.none() | st.floats(0, 1),
+    "schedule.steps": st.integers(2_000, 9_000),
+}
+GRIDS = st.fixed_dictionaries(
+    {
+        "arms": st.dictionaries(
+            st.from_regex(r"[a-z][a-z0-9_]{0,6}", fullmatch=True),
+            st.fixed_dictionaries({"attn": MANIFOLDS, "mlp": MANIFOLDS}),
+            min_size=1,
+            max_size=4,
+        ),
+        "seeds": st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=4, unique=True),
+    },
+    optional={
+        "axes": st.lists(st.sampled_from(list(AXES)), min_size=1, max_size=3, unique=True).flatmap(
+            lambda names: st.fixed_dictionaries(
+                {name: st.lists(AXES[name], min_size=1, max_size=3, unique=True) for name in names}
+            )
+        )
+    },
+)
+
+
+def full_path(path):
+    return f"assignment.{path}" if path.startswith(("attn", "mlp")) else path
+
+
+def at(run, path):
+    for key in path.split("."):
+        run = getattr(run, key)
+    return run
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(spec=GRIDS)
+def test_expansion(load, spec):
+    grid = load(spec)
+    axes = {full_path(path): values for path, values in spec.get("axes", {}).items()}
+    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+    # Order and count: seeds outermost, axes in the file's order, arms innermost.
+    expected = list(itertools.product(spec["seeds"], points, spec["arms"]))
+    assert [(cell.seed, cell.axes, cell.arm) for cell in grid.cells] == expected
+
+    # Every cell's run is the run that the cell says.
+    for cell in grid.cells:
+        run = grid.runs[cell.run_id]
+        assert (run.arm, run.seed) == (cell.arm, cell.seed)
+        assert run.assignment.attn.manifold == spec["arms"][cell.arm]["attn"]
+        assert run.assignment.mlp.manifold == spec["arms"][cell.arm]["mlp"]
+        assert run_id(run) == cell.run_id
+        own = run.model_dump(mode="json") | {"arm": cell.arm}
+        for path, value in cell.axes.items():
+            *parents, last = path.split(".")
+            inner = own
+            for key in parents:
+                inner = inner[key]
+            inner[last] = value
+        assert run_id(RunConfig.model_validate(own)) == cell.run_id
+
+    # Pairing: at every point each arm sees each seed. Runs: each once, in the order of the cells.
+    for point in points:
+        pairs = [(cell.arm, cell.seed) for cell in grid.cells if cell.axes == point]
+        assert sorted(pairs) == sorted(itertools.product(spec["arms"], spec["seeds"]))
+    assert list(grid.runs) == list(dict.fromkeys(cell.run_id for cell in grid.cells))
+
+
+def test_expansion_is_the_same_each_time(load):
+    spec = {
+        "arms": {"b": {"attn": "dgram"}, "a": {}},
+        "seeds": [2, 1],
+        "axes": {"attn.lr_multiplier": [2, 1]},
+    }
+    assert load(spec) == load(spec)
+    path = "assignment.attn.lr_multiplier"
+    assert [(cell.seed, cell.axes[path], cell.arm) for cell in load(spec).cells] == [
+        (2, 2, "b"), (2, 2, "a"), (2, 1, "b"), (2, 1, "a"),
+        (1, 2, "b"), (1, 2, "a"), (1, 1, "b"), (1, 1, "a"),
+    ]  # fmt: skip
+
+
+def test_an_axis_that_an_arm_never_reads_makes_no_twin_runs(load):
+    solvers = {"optimizer.muon.solver": ["projected", "dual_ascent"]}
+    grid = load({"arms": {"plain": {}, "dgram": {"attn": "dgram"}}, "seeds": [1, 2], "axes": solvers})
+    assert (len(grid.cells), len(grid.runs)) == (8, 6)
+    assert len({cell.run_id for cell in grid.cells if cell.arm == "plain"}) == 2
+
+
+def test_the_same_run_in_two_grids_is_one_run(load):
+    small = load({"arms": {"a": {"attn": "dgram"}}, "seeds": [1], "base": {"model": {"n_layer": 2}}})
+    large = load(
+        {
+            "arms": {"b": {}, "a": {"attn": "dgram", "model": {"n_layer": 2}}},
+            "seeds": [2, 1],
+            "store": "elsewhere",
+            "resources": {"workers": 2, "max_failures": 0},
+            "axes": {"attn.lr_multiplier": [1.0, 2.0]},
+        }
+    )
+    assert set(small.runs) <= set(large.runs)
+
+
+def test_arms_of_the_same_science_stay_apart(load):
+    assert len(load({"arms": {"a": {}, "b": {}}, "seeds": [1]}).runs) == 2
+
+
+# --- merging ------------------------------------------------------------------------------------
+
+
+def only_run(grid):
+    (run,) = grid.runs.values()
+    return run
+
+
+def test_a_bare_manifold_keeps_what_lies_below(load):
+    grid = load({"base": {"attn": {"lr_multiplier": 0.5}}, "arms": {"a": {"attn": "dgram"}}, "seeds": [1]})
+    attn = only_run(grid).assignment.attn
+    assert (attn.manifold, attn.lr_multiplier) == ("dgram", 0.5)
+
+
+def test_an_axis_adds_to_a_bare_manifold(load):
+    grid = load({"arms": {"a": {"attn": "dgram"}}, "axes": {"attn.lr_multiplier": [0.5]}, "seeds": [1]})
+    attn = only_run(grid).assignment.attn
+    assert (attn.manifold, attn.lr_multiplier) == ("dgram", 0.5)
+
+
+def test_arms_and_axes_override_base_and_only_what_they_name(load):
+    grid = load(
+        {
+            "base": {"model": {"n_layer": 2, "n_head": 4, "d_model": 64}, "optimizer": {"muon": {"lr": 0.1}}},
+            "arms": {"a": {"model": {"n_head": 2}}},
+            "axes": {"optimizer.muon.lr": [0.7], "schedule": [{"steps": 9, "warmup_steps": 1}]},
+            "seeds": [1],
+        }
+    )
+    run = only_run(grid)
+    assert (run.model.n_layer, run.model.n_head, run.model.d_model) == (2, 2, 64)
+    assert (run.optimizer.muon.lr, run.schedule.steps, run.schedule.batch_size) == (0.7, 9, 64)
+
+
+def test_lists_are_replaced(load):
+    spec = {"base": {"optimizer": {"adamw": {"betas": [0.5, 0.6]}}}, "seeds": [1]}
+    grid = load({**spec, "arms": {"a": {"optimizer": {"adamw": {"betas": [0.7, 0.8]}}}}})
+    assert only_run(grid).optimizer.adamw.betas == (0.7, 0.8)
+
+
+def test_an_arm_may_repair_what_base_alone_could_not_be(load):
+    grid = load({"base": {"model": {"n_head": 5}}, "arms": {"a": {"model": {"d_model": 100}}}, "seeds": [1]})
+    assert only_run(grid).model.d_model == 100
+
+
+def test_arms_without_changes_may_be_left_empty(load):
+    assert only_run(load("arms:\n  plain:\nseeds: [1]\nbase:\naxes:\n")).arm == "plain"
+
+
+@pytest.mark.parametrize(("gpus", "precision"), [(0, "float32"), (0.5, "bfloat16"), (1, "bfloat16")])
+def test_precision_follows_the_device(load, gpus, precision):
+    spec = {"arms": {"a": {}}, "seeds": [1], "resources": {"gpus_per_worker": gpus}}
+    assert only_run(load(spec)).precision == precision
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[precision]
+    assert only_run(load({**spec, "base": {"precision": other}})).precision == other
+
+
+@pytest.mark.parametrize(("given", "stop"), [({}, False), ({"stop": True}, True), ({"stop": False}, False)])
+def test_stop(load, given, stop):
+    assert only_run(load({"arms": {"a": {}}, "seeds": [1], **given})).stability.stop is stop
+
+
+def test_stability_inside_base(load):
+    grid = load({"arms": {"a": {}}, "seeds": [1], "base": {"stability": {"stop": True, "style": "paper"}}})
+    assert (only_run(grid).stability.stop, only_run(grid).stability.style) == (True, "paper")
+
+
+def test_defaults(load):
+    grid = load({"arms": {"a": {}}, "seeds": [1]})
+    assert (grid.name, grid.description, grid.store) == ("grid", "", "./results")
+    assert grid.resources.model_dump() == {
+        "workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0, "max_concurrent": None, "max_failures": 2,
+    }  # fmt: skip
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def test_data_is_identified_once_for_each_kind(load):
+    asked = []
+
+    def identify(data):
+        asked.append(data)
+        return f"sha256:{len(asked)}"
+
+    arms = {"a": {}, "b": {"attn": "dgram"}, "c": {"data": {"val_fraction": 0.2}}}
+    grid = load({"arms": arms, "seeds": [1, 2], "axes": {"mlp.lr_multiplier": [1, 2]}}, identify=identify)
+    assert [data.val_fraction for data in asked] == [0.1, 0.2]
+    assert all(data.digest is None for data in asked)
+    digests = {run.arm: run.data.digest for run in grid.runs.values()}
+    assert digests == {"a": "sha256:1", "b": "sha256:1", "c": "sha256:2"}
+
+
+def test_every_line_of_a_data_problem_has_its_place(load):
+    def identify(data):
+        raise InputError("no such files\nand no network")
+
+    with pytest.raises(InputError) as caught:
+        load({"base": {"data": {"val_fraction": 0.2}}, "arms": {"a": {}}, "seeds": [1]}, identify=identify)
+    assert [line.split("grid.yaml")[1] for line in str(caught.value).splitlines()] == [
+        ":2: base.data: and no network",
+        ":2: base.data: no such files",
+    ]
+
+
+# --- the index ----------------------------------------------------------------------------------
+
+
+def test_index(load):
+    text = (
+        "name: mine\ndescription: two arms\nseeds: [5]\n"
+        "arms: {a: {attn: stiefel, mlp: dgram}, b: {}}\naxes: {attn.lr_multiplier: [0.5]}\n"
+    )
+    grid = load(text)
+    assert grid.text == text
+    assert json.loads(json.dumps(grid.index())) == {
+        "schema": 1,
+        "name": "mine",
+        "description": "two arms",
+        "arms": {"a": {"attn": "stiefel", "mlp": "dgram"}, "b": {"attn": "none", "mlp": "none"}},
+        "axes": ["assignment.attn.lr_multiplier"],
+        "seeds": [5],
+        "cells": [
+            {"run_id": id_, "arm": arm, "seed": 5, "axes": {"assignment.attn.lr_multiplier": 0.5}}
+            for id_, arm in zip(grid.runs, ["a", "b"], strict=True)
+        ],
+    }
+
+
+def test_a_swept_manifold_is_not_the_arms(load):
+    grid = load({"arms": {"a": {"mlp": "dgram"}}, "axes": {"attn": ["stiefel", "dgram"]}, "seeds": [1]})
+    assert grid.arms == {"a": {"mlp": "dgram"}}
+    assert [run.assignment.attn.manifold for run in grid.runs.values()] == ["stiefel", "dgram"]
+
+
+# --- grids that ship ----------------------------------------------------------------------------
+
+PAPER_ARMS = ["unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv"]
+
+
+def shipped(name):
+    return load_grid(SHIPPED / f"{name}.yaml", identify=lambda data: DIGEST)
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"), [("quickstart", 10), ("paper", 25), ("retune_dgram_attention", 120)]
+)
+def test_shipped_grids(name, runs):
+    grid = shipped(name)
+    assert grid.name == name
+    assert grid.description
+    assert len(grid.runs) == len(grid.cells) == runs
+    assert all(RUN_ID.match(id_) for id_ in grid.runs)
+
+
+def test_every_shipped_grid_is_tested():
+    assert {path.stem for path in SHIPPED.glob("*.yaml")} == {"quickstart", "paper", "retune_dgram_attention"}
+
+
+def test_quickstart_is_the_protocols_small_setting():
+    grid = shipped("quickstart")
+    assert list(grid.arms) == PAPER_ARMS
+    assert grid.seeds == [1337, 1338]
+    first = next(iter(grid.runs.values()))
+    expected = {
+        "precision": "float32",
+        "model.n_layer": 4,
+        "model.n_head": 4,
+        "model.d_model": 128,
+        "model.context": 128,
+        "model.vocab_size": 256,
+        "schedule.batch_size": 16,
+        "schedule.steps": 300,
+        "schedule.warmup_steps": 20,
+        "schedule.min_lr_ratio": 0.1,
+        "optimizer.muon.lr": 0.3,
+        "optimizer.muon.solver": "projected",
+        "optimizer.muon.retraction": "svd_sorted",
+        "optimizer.adamw.lr": 6e-4,
+        "evaluation.every": 25,
+        "evaluation.batches": 8,
+        "runtime.checkpoint_every": 50,
+        "data.source": "stdlib",
+    }
+    assert {path: at(first, path) for path in expected} == expected
+    assert (grid.resources.workers, grid.resources.gpus_per_worker) == (1, 0)
+
+
+def test_paper_is_the_default_preset():
+    grid = shipped("paper")
+    assert list(grid.arms) == PAPER_ARMS
+    assert len(grid.seeds) == 5
+    assert grid.seeds[0] == 1337
+    run = next(iter(grid.runs.values()))
+    default = RunConfig()
+    for section in ("model", "optimizer", "assignment", "schedule", "evaluation", "runtime"):
+        assert getattr(run, section) == getattr(default, section)
+    assert (run.precision, run.stability.style, run.stability.stop) == ("bfloat16", "paper", False)
+    assert (run.data.dataset, run.data.tokenizer) == ("Skylion007/openwebtext", "gpt2")
+    assert run.data.val_fraction == 0.0005
+    assert grid.resources.gpus_per_worker == 1
+
+
+def test_retune_holds_the_papers_own_runs():
+    """Multiplier 1 and decay 0 are the paper's setting, so those runs are shared, not trained again."""
+    paper, retune = shipped("paper"), shipped("retune_dgram_attention")
+    shared = set(paper.runs) & set(retune.runs)
+    assert {id_.rsplit("-", 1)[0] for id_ in shared} == {
+        "all_dgram-s1337", "all_dgram-s1338", "hetero_inv-s1337", "hetero_inv-s1338",
+    }  # fmt: skip
+
+
+# --- whatever is in the file ---------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+def test_a_damaged_grid_expands_or_is_refused(load, seed):
+    """Lines dropped, swapped or cut short: never another exception, and each line names its place."""
+    draw = random.Random(seed)
+    lines = (SHIPPED / "quickstart.yaml").read_text().split("\n")
+    for _ in range(draw.randint(1, 4)):
+        at, to = draw.randrange(len(lines)), draw.randrange(len(lines))
+        cut = draw.randint(0, len(lines[at]))
+        lines[at : at + 1] = draw.choice(
+            [[], [lines[at], lines[to]], [lines[to]], [lines[at][:cut]], [lines[at][:cut] + lines[to][cut:]]]
+        )
+    try:
+        cells, message = len(load("\n".join(lines)).cells), ""
+    except InputError as error:
+        cells, message = 0, str(error)
+    assert bool(cells) != bool(message)
+    assert all("grid.yaml:" in line for line in message.splitlines())
