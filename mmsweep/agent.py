@@ -1,0 +1,430 @@
+"""The agent of one run: starts its workers, ships what they write, and reports how it goes.
+
+It knows nothing of Ray. It reads one line of JSON (`Job`) from standard input, and then treats the
+end of standard input as "whoever launched me is gone": the workers save, the last files are
+shipped, and it ends. So neither a Ctrl-C nor a killed driver loses more than the step under way.
+It writes one line of JSON to standard output for every piece of news.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mmsweep.store import RunStore, StoreError, open_store
+from trainers import records
+from trainers.records import EvalRecord, PartReader, StepRecord
+
+POLL_S = 0.25
+SHIP_S = 2.0
+STATUS_S = 5.0
+STOP_GRACE_S = 60.0
+"""How long workers may take to save when they are asked to stop."""
+LAST_SHIP_S = 120.0
+"""How long an agent without a launcher tries to reach the store before it gives up."""
+LOG_TAIL_LINES = 12
+EXIT_STOPPED = 75  # trainers.train.EXIT_STOPPED; importing it would load torch
+EXIT_BAD_INPUT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run to do."""
+
+    run_id: str
+    run: dict[str, Any]
+    store: str
+    workers: int = 1
+
+    @staticmethod
+    def parse(line: str) -> Job:
+        return Job(**json.loads(line))
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Progress, or with `done` the end: what a launcher shows and decides on."""
+
+    status: str
+    step: int = 0
+    steps: int = 0
+    attempt: int = 0
+    train_loss: float | None = None
+    val_loss: float | None = None
+    tokens_per_s: float | None = None
+    reason: str = ""
+    done: bool = False
+    retry: bool = False
+    """A failure that another attempt might not meet."""
+
+    def line(self) -> str:
+        return records.dumps(asdict(self))
+
+
+class Agent:
+    def __init__(self, job: Job, launcher_gone: threading.Event) -> None:
+        self.job = job
+        self.launcher_gone = launcher_gone
+        self.store: RunStore = open_store(job.store)
+        self.run_dir = Path(tempfile.mkdtemp(prefix=f"mmsweep-{job.run_id}-"))
+        self.started = time.time()
+        self.attempt = 0
+        self.news = News(records.RUNNING, steps=job.run["schedule"]["steps"])
+
+    def run(self) -> News:
+        """Do the job; returns the last news. The run's local folder is gone afterwards."""
+        try:
+            summary = self._patiently(lambda: self.store.summary(self.job.run_id))
+            if summary is not None:
+                return self._tell(status=summary["status"], step=summary["steps"], done=True)
+            self.attempt = self._patiently(lambda: self.store.next_attempt(self.job.run_id))
+            self._tell(attempt=self.attempt)
+            self._patiently(self._publish)
+            restored = self._patiently(lambda: self.store.restore(self.job.run_id, self.run_dir))
+            self._tell(step=restored or 0)
+            return self._train()
+        except _GaveUpError as error:
+            return self._tell(status=records.FAILED, reason=str(error), done=True, retry=True)
+        finally:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+
+    def _train(self) -> News:
+        shipper = _Shipper(self)
+        with _Workers(self.job, self.run_dir, self.attempt) as workers:
+            shipper.start()
+            code = self._watch(workers)
+        shipper.stop()
+        if code != 0 and code != EXIT_STOPPED:
+            self._tell(**_explain(code, self.run_dir))
+        self._patiently(lambda: self.store.ship(self.job.run_id, self.run_dir))
+        summary_path = self.run_dir / records.SUMMARY
+        if code == 0 and summary_path.is_file():
+            return self._complete(json.loads(summary_path.read_text()))
+        if code == EXIT_STOPPED:
+            self._tell(status=records.PENDING, reason="stopped; its state is saved")
+        self._patiently(self._publish)
+        return self._tell(done=True, retry=code not in (EXIT_STOPPED, EXIT_BAD_INPUT))
+
+    def _watch(self, workers: _Workers) -> int:
+        """Follow the records until the workers end; returns the first exit code that is not 0."""
+        reader = PartReader(self.run_dir, self.attempt)
+        while (code := workers.poll()) is None:
+            self._follow(reader)
+            if self.launcher_gone.wait(POLL_S):
+                code = workers.stop()
+                break
+        self._follow(reader)
+        return code
+
+    def _follow(self, reader: PartReader) -> None:
+        fresh = reader.poll()
+        changes: dict[str, Any] = {}
+        for record in fresh:
+            if isinstance(record, StepRecord):
+                changes |= {
+                    "step": record.step,
+                    "train_loss": record.loss,
+                    "tokens_per_s": record.tokens_per_s,
+                }
+            elif isinstance(record, EvalRecord):
+                changes |= {"val_loss": record.val_loss}
+        if changes:
+            self._tell(**changes)
+
+    def _complete(self, summary: dict[str, Any]) -> News:
+        """Compact the records, then write the summary: its presence means that all else is there."""
+        rows = self._patiently(lambda: self.store.compact(self.job.run_id))
+        config = json.loads((self.run_dir / records.CONFIG).read_text())
+        self._patiently(lambda: self.store.put_config(self.job.run_id, config))
+        self._tell(status=summary["status"], reason=summary["reason"], step=summary["steps"])
+        self._patiently(self._publish)
+        self._patiently(lambda: self.store.put_summary(self.job.run_id, {**summary, "rows": rows}))
+        return self._tell(done=True)
+
+    def _tell(self, **changes: Any) -> News:
+        self.news = News(**{**asdict(self.news), **changes})
+        _say(self.news.line())
+        return self.news
+
+    def _publish(self) -> None:
+        """Write `status.json`, unless a newer attempt has taken over."""
+        if self.store.next_attempt(self.job.run_id) > self.attempt + 1:
+            return
+        news = asdict(self.news)
+        for private in ("done", "retry"):
+            del news[private]
+        news |= {
+            "tokens_seen": self.news.step * _tokens_per_step(self.job.run),
+            "updated": time.time(),
+            "started": self.started,
+            "host": platform.node(),
+        }
+        if self.news.status in (records.FAILED, records.OOM):
+            news["log_tail"] = _log_tail(self.run_dir)
+        self.store.put_status(self.job.run_id, news)
+
+    def _patiently(self, action: Any) -> Any:
+        """Repeat `action` until the store answers: for as long as it takes while someone waits for
+        the run, for LAST_SHIP_S once nobody does."""
+        pause, gone_since = 0.5, None
+        while True:
+            try:
+                return action()
+            except StoreError as error:
+                if self.launcher_gone.is_set():
+                    gone_since = gone_since or time.monotonic()
+                    if time.monotonic() - gone_since > LAST_SHIP_S:
+                        raise _GaveUpError(str(error)) from None
+                self._tell(reason=f"waiting for the store: {error}")
+            time.sleep(pause)
+            pause = min(2 * pause, 30.0)
+
+
+class _GaveUpError(Exception):
+    """The store stayed away after the launcher was gone."""
+
+
+class _Shipper(threading.Thread):
+    """Ships closed parts and checkpoints while the workers train, and keeps `status.json` fresh.
+
+    A store that is away delays it and nothing else: the files wait on disk.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__(daemon=True)
+        self.agent = agent
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        published, pause = 0.0, SHIP_S
+        while not self.over.wait(pause):
+            try:
+                self.agent.store.ship(self.agent.job.run_id, self.agent.run_dir)
+                config = self.agent.run_dir / records.CONFIG
+                if published == 0.0 and config.is_file():
+                    self.agent.store.put_config(self.agent.job.run_id, json.loads(config.read_text()))
+                if time.monotonic() - published > STATUS_S:
+                    self.agent._publish()
+                    published = time.monotonic()
+                pause = SHIP_S
+            except StoreError as error:
+                _say(json.dumps({"store": str(error)}))
+                pause = min(2 * pause, 60.0)
+
+    def stop(self) -> None:
+        self.over.set()
+        self.join()
+
+
+class _Workers:
+    """The processes of one run, one per rank, as torchrun would start them."""
+
+    def __init__(self, job: Job, run_dir: Path, attempt: int) -> None:
+        self.run_dir = run_dir
+        config = run_dir / "run.yaml"
+        config.write_text(json.dumps(job.run))  # JSON is YAML
+        self.command = [
+            *(sys.executable, "-m", "trainers.train", str(config)),
+            *("--run-dir", str(run_dir), "--attempt", str(attempt), "--lifeline", "--quiet"),
+        ]
+        self.world_size = job.workers
+        self.threads = job.run["runtime"]["threads"]
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> _Workers:
+        logs = self.run_dir / "logs"
+        logs.mkdir()
+        port = _free_port()
+        for rank in range(self.world_size):
+            with (logs / f"rank-{rank}.log").open("wb") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        self.command,
+                        stdin=subprocess.PIPE,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env=self._environment(rank, port),
+                    )
+                )
+        return self
+
+    def _environment(self, rank: int, port: int) -> dict[str, str]:
+        return os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": str(self.threads),
+        }
+
+    def poll(self) -> int | None:
+        """None while all is well, 0 when all have ended well, else the first bad exit code."""
+        codes = [process.poll() for process in self.processes]
+        bad = [code for code in codes if code]
+        if bad:
+            return bad[0]
+        return None if None in codes else 0
+
+    def stop(self) -> int:
+        """Ask all to save and end; returns the exit code of those that did."""
+        for process in self.processes:
+            process.terminate()
+        deadline = time.monotonic() + STOP_GRACE_S
+        codes = []
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                codes.append(process.wait(max(0.1, deadline - time.monotonic())))
+        return next((code for code in codes if code), 0)
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            if process.stdin:
+                process.stdin.close()
+
+
+def _explain(code: int, run_dir: Path) -> dict[str, Any]:
+    """Status and reason of workers that failed, from their exit code and last words."""
+    tail = _log_tail(run_dir)
+    last = tail[-1] if tail else "no output"
+    if code == EXIT_BAD_INPUT:
+        return {"status": records.FAILED, "reason": last}
+    out_of_memory = any("out of memory" in line.lower() or "OutOfMemoryError" in line for line in tail)
+    if out_of_memory or code == -signal.SIGKILL:
+        last = last if out_of_memory else "worker killed (SIGKILL): out of host memory, or by hand"
+        return {"status": records.OOM if out_of_memory else records.FAILED, "reason": last}
+    if code < 0:
+        return {"status": records.FAILED, "reason": f"worker died of {signal.Signals(-code).name}: {last}"}
+    return {"status": records.FAILED, "reason": f"exit code {code}: {last}"}
+
+
+def _log_tail(run_dir: Path) -> list[str]:
+    """Last lines of the log of the first rank that has an error in it, else of rank 0."""
+    logs = sorted((run_dir / "logs").glob("rank-*.log")) if (run_dir / "logs").is_dir() else []
+    texts = [path.read_text(errors="replace").splitlines() for path in logs]
+    troubled = [text for text in texts if any("Error" in line for line in text)]
+    chosen = (troubled or texts or [[]])[0]
+    return [line for line in chosen if line.strip()][-LOG_TAIL_LINES:]
+
+
+def _tokens_per_step(run: dict[str, Any]) -> int:
+    return int(run["schedule"]["batch_size"] * run["model"]["context"])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody listens any more
+        print(line, flush=True)
+
+
+# --- the process, and its launcher's side ---------------------------------------------------------
+
+
+class AgentProcess:
+    """An agent in a process of its own, as its launcher sees it.
+
+    The process is detached: Ray kills the direct children of a worker that ends, and this one
+    still has a checkpoint to ship then. `close` (or the launcher's death) makes it stop.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mmsweep.agent", "--detach"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asdict(job)) + "\n")
+        self._process.stdin.flush()
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def news(self, timeout: float) -> News | None:
+        """The next piece of news; None if there was none in `timeout` seconds.
+
+        An agent that dies without a last word is reported as a failure.
+        """
+        try:
+            line = self._lines.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        if line is None:
+            return News(records.FAILED, reason="the agent died", done=True, retry=True)
+        told = json.loads(line)
+        if "store" in told:
+            return None
+        return News(**{key: _number(value) for key, value in told.items()})
+
+    def close(self) -> None:
+        """Tell the agent that nobody waits for it any more."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()  # the process that detached has long ended
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m mmsweep.agent`: a Job on the first line of standard input."""
+    parser = argparse.ArgumentParser(prog="python -m mmsweep.agent")
+    parser.add_argument("--detach", action="store_true", help="go on in a process of its own")
+    if parser.parse_args(argv).detach and os.fork():
+        os._exit(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the end of standard input is the one way to stop
+    # Unbuffered reads, so that the line is all that is taken before the watcher reads on.
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            return EXIT_BAD_INPUT
+        line += byte
+    launcher_gone = threading.Event()
+    threading.Thread(target=_watch_stdin, args=(launcher_gone,), daemon=True).start()
+    news = Agent(Job.parse(line.decode()), launcher_gone).run()
+    return 0 if news.status in records.FINISHED else 1
+
+
+def _watch_stdin(launcher_gone: threading.Event) -> None:
+    while os.read(0, 4096):
+        pass
+    launcher_gone.set()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

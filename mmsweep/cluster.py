@@ -1,0 +1,108 @@
+"""Connecting to Ray: an address that was given, or a Ray of our own on this machine."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from trainers.errors import InputError
+
+# Ray's own defaults are for notebooks: these keep it quiet, keep our working directory, and let an
+# autoscaler see the whole grid. They count only if set before ray is imported.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_MAX_PENDING_TRIALS_PG": "100000",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+_OBJECT_STORE_BYTES = 128 * 2**20
+"""Trials exchange a few kilobytes; Ray's default would take a third of the memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the whole cluster has."""
+
+    cpus: float
+    gpus: float
+    nodes: int
+
+
+@contextmanager
+def connect(address: str | None) -> Iterator[Capacity]:
+    """A Ray connection for the length of the block.
+
+    Args:
+        address: None starts a Ray on this machine that ends with the block (Ray would join
+            whatever cluster was left over); "auto" joins the cluster this machine belongs to;
+            "host:port" or "ray://…" one that is named.
+
+    Raises:
+        InputError: no cluster at the address, or one that takes jobs from anybody.
+    """
+    os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
+    if address is not None:
+        check_authentication(address)
+    import ray
+
+    local = {
+        "num_cpus": usable_cpus(),
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level="ERROR",
+            **(local if address is None else {}),
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"no Ray cluster at {address!r}: {(str(error).splitlines() or [''])[0]}; "
+            "start one with `ray up`, or leave --address out to use this machine"
+        ) from None
+    try:
+        total = ray.cluster_resources()
+        nodes = sum(1 for node in ray.nodes() if node["Alive"])
+        yield Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), nodes)
+    finally:
+        ray.shutdown()
+
+
+def check_authentication(address: str) -> None:
+    """Refuse an address other machines can reach unless Ray asks for a token there.
+
+    Raises:
+        InputError: the address is not loopback and RAY_AUTH_MODE is not "token".
+    """
+    if os.environ.get("RAY_AUTH_MODE") == "token" or _is_loopback(address):
+        return
+    raise InputError(
+        f"refusing {address!r}: a Ray cluster without authentication runs code for anyone who reaches it; "
+        "set RAY_AUTH_MODE=token on every node and here"
+    )
+
+
+def _is_loopback(address: str) -> bool:
+    if address == "local":
+        return True
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", "127.0.0.1")
+    host = address.removeprefix("ray://").rsplit(":", 1)[0].strip("[]")
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(a).is_loopback for a in found)
+
+
+def usable_cpus() -> int:
+    """CPUs this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

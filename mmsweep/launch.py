@@ -1,0 +1,245 @@
+"""`python -m mmsweep.launch grid.yaml`: run what a grid asks for and its store does not have yet.
+
+The launch keeps no state of its own: after a crash, a Ctrl-C or a grown grid, the same command
+reads the store and goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mmsweep.agent import STOP_GRACE_S, Job
+from mmsweep.cluster import Capacity, connect
+from mmsweep.grid import Grid, load_grid
+from mmsweep.progress import Board, duration
+from mmsweep.store import DirectoryStore, RunStore, StoreError, open_store
+from trainers import records
+from trainers.config import RunConfig
+from trainers.corpus import identify
+from trainers.errors import InputError
+from trainers.flops import Cost, cost
+
+SHIPPED = Path(__file__).parent / "grids"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Launch a grid. Exit status 0: all done; 1: some runs failed or were stopped; 2: bad input."""
+    arguments = _parser().parse_args(argv)
+    try:
+        grid = load_grid(_grid_path(arguments.grid), identify=identify)
+        store = open_store(arguments.store or grid.store)
+        if arguments.dry_run:
+            return _dry_run(grid, store)
+        return _launch(grid, store, arguments.address)
+    except (InputError, StoreError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmsweep launch", description="Run what a grid asks for and its store does not have yet."
+    )
+    shipped = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+    parser.add_argument("grid", help=f"grid file, or the name of one that ships: {shipped}")
+    parser.add_argument("--store", help='folder or "s3://bucket/prefix", instead of the grid\'s own')
+    parser.add_argument("--address", help='Ray cluster: "auto" or host:port (default: this machine alone)')
+    parser.add_argument("--dry-run", action="store_true", help="print the runs and what they cost, and stop")
+    return parser
+
+
+def _grid_path(given: str) -> Path:
+    shipped = SHIPPED / f"{given}.yaml"
+    return shipped if not Path(given).exists() and shipped.is_file() else Path(given)
+
+
+def _launch(grid: Grid, store: RunStore, address: str | None) -> int:
+    finished = _finished(store, grid)
+    missing = {run_id: run for run_id, run in grid.runs.items() if run_id not in finished}
+    store.put_grid(grid.name, grid.text, grid.index())
+    if not missing:
+        print(f"{grid.name}: all {len(grid.runs)} runs are in {store.url}; nothing to train")
+        return _report(store, grid)
+    total = _total(cost(run) for run in missing.values())
+    print(
+        f"{grid.name}: {len(grid.runs)} runs, {len(finished)} done, {len(missing)} to train "
+        f"({_amount(total.tokens)} tokens, {_amount(total.flops)}FLOP) into {store.url}",
+        flush=True,
+    )
+    begun = time.monotonic()
+    board = Board(missing, done_before=len(finished))
+    with connect(address) as capacity:
+        _check_capacity(grid, capacity, address)
+        from mmsweep.trial import run_all  # imports ray, which must see the settings of connect()
+
+        with board.show():
+            run_all(
+                [_job(run_id, run, store, grid) for run_id, run in missing.items()], grid.resources, board
+            )
+    return _end(grid, store, board, begun)
+
+
+def _job(run_id: str, run: RunConfig, store: RunStore, grid: Grid) -> Job:
+    data = run.data
+    if data.path is not None:  # agents may start in another folder
+        run = run.model_copy(
+            update={"data": data.model_copy(update={"path": str(Path(data.path).absolute())})}
+        )
+    return Job(run_id, run.model_dump(mode="json"), store.url, grid.resources.workers)
+
+
+def _check_capacity(grid: Grid, capacity: Capacity, address: str | None) -> None:
+    """A run that can never be placed would wait for ever without a word."""
+    from mmsweep.trial import request
+
+    wanted = request(grid.resources)
+    have = {"CPU": capacity.cpus, "GPU": capacity.gpus}
+    for kind, amount in wanted.items():
+        if amount > have[kind] and address is None:
+            raise InputError(
+                f"a run of this grid needs {amount:g} {kind}s and this machine has {have[kind]:g}; "
+                "change resources in the grid, or name a cluster with --address"
+            )
+        if amount > have[kind]:
+            print(
+                f"waiting: a run needs {amount:g} {kind}s, the cluster has {have[kind]:g} so far", flush=True
+            )
+
+
+def _end(grid: Grid, store: RunStore, board: Board, begun: float) -> int:
+    stopping = [run_id for run_id, row in board.rows.items() if row.news.status == records.RUNNING]
+    if stopping:
+        print(f"stopping: {len(stopping)} runs save their state", flush=True)
+        _wait_until_saved(store, stopping)
+    finished = _finished(store, grid)
+    trouble = {
+        run_id: row.news
+        for run_id, row in board.rows.items()
+        if row.news.status in (records.FAILED, records.OOM)
+    }
+    print(f"{len(finished)} of {len(grid.runs)} runs done in {duration(time.monotonic() - begun)}")
+    for run_id, news in trouble.items():
+        print(f"{run_id}: {news.status} at step {news.step}: {news.reason}")
+    if finished:
+        _report(store, grid)
+    if len(finished) == len(grid.runs):
+        return 0
+    print("the same command goes on from here")
+    return 1
+
+
+def _wait_until_saved(store: RunStore, run_ids: list[str]) -> None:
+    """Agents save and ship after their launcher has let go; give them time to say so."""
+    deadline = time.monotonic() + STOP_GRACE_S
+    while time.monotonic() < deadline:
+        try:
+            run_ids = [r for r in run_ids if (store.status(r) or {}).get("status") == records.RUNNING]
+        except StoreError as error:
+            print(error, file=sys.stderr)
+            return
+        if not run_ids:
+            return
+        time.sleep(0.5)
+    print(f"still saving after {STOP_GRACE_S:.0f} s: {', '.join(run_ids)}", file=sys.stderr)
+
+
+def _report(store: RunStore, grid: Grid) -> int:
+    from mmsweep.report import main as report
+
+    return report([_where(store), "--grid", grid.name])
+
+
+def _where(store: RunStore) -> str:
+    return str(store.objects.root) if isinstance(store.objects, DirectoryStore) else store.url
+
+
+def _finished(store: RunStore, grid: Grid) -> set[str]:
+    stored = set(store.run_ids())
+    return {run_id for run_id in grid.runs if run_id in stored and store.summary(run_id) is not None}
+
+
+# --- what it costs -------------------------------------------------------------------------------
+
+
+class _Total:
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.flops = 0.0
+
+
+def _total(costs: object) -> _Total:
+    total = _Total()
+    for price in costs:  # type: ignore[attr-defined]
+        total.tokens += price.tokens
+        total.flops += price.total
+    return total
+
+
+def _dry_run(grid: Grid, store: RunStore) -> int:
+    finished = _finished(store, grid)
+    costs = {run_id: cost(run) for run_id, run in grid.runs.items()}
+    axes = {run_id: _axes(grid, run_id) for run_id in grid.runs}
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    for name in ("run", "arm", "seed", *grid.axes, "parameters", "steps x tokens", "FLOP", "store"):
+        table.add_column(name, justify="left" if name in ("run", "arm", "store") else "right", no_wrap=True)
+    for run_id, run in grid.runs.items():
+        price = costs[run_id]
+        table.add_row(
+            run_id, run.arm, str(run.seed), *axes[run_id], _amount(price.parameters),
+            f"{price.steps:,} x {run.tokens_per_step:,}", _amount(price.total),
+            "done" if run_id in finished else _state(store, run_id),
+        )  # fmt: skip
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)
+    missing = _total(price for run_id, price in costs.items() if run_id not in finished)
+    print(
+        f"{grid.name}: {len(grid.runs)} runs ({len(grid.cells)} cells), {len(finished)} done in {store.url}, "
+        f"{len(grid.runs) - len(finished)} to train: {_amount(missing.tokens)} tokens, "
+        f"{_amount(missing.flops)}FLOP"
+    )
+    for line in _per_step(grid, costs):
+        print(line)
+    return 0
+
+
+def _axes(grid: Grid, run_id: str) -> list[str]:
+    """Axis values of a run; several where cells share it."""
+    cells = [cell for cell in grid.cells if cell.run_id == run_id]
+    return ["/".join(dict.fromkeys(str(cell.axes[path]) for cell in cells)) for path in grid.axes]
+
+
+def _state(store: RunStore, run_id: str) -> str:
+    status = store.status(run_id)
+    return "–" if status is None else f"{status['status']} {status['step']}/{status['steps']}"
+
+
+def _per_step(grid: Grid, costs: dict[str, Cost]) -> list[str]:
+    """The price of geometry: optimizer against model, per arm."""
+    lines: dict[str, str] = {}
+    for run_id, run in grid.runs.items():
+        price = costs[run_id]
+        share = price.optimizer_step / price.model_step
+        lines.setdefault(
+            run.arm,
+            f"  {run.arm}: a step takes {_amount(price.model_step)}FLOP for the model, "
+            f"{_amount(price.optimizer_step)}FLOP for the optimizer's matrix products ({share:.0%})",
+        )
+    return list(lines.values())
+
+
+def _amount(value: float) -> str:
+    """Three digits and a prefix: 124 M, 3.28 G, 1.2 E."""
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+if __name__ == "__main__":
+    sys.exit(main())
