@@ -158,7 +158,9 @@ def test_svd_sorted_hands_singular_values_to_columns_in_order():
     norms = torch.tensor([0.5, 3.0, 1.0, 2.0], dtype=torch.float64)
     W = retract(Q * norms, "dgram", method="svd_sorted")
     assert W.norm(dim=0) == pytest.approx([3, 2, 1, 0.5])
-    assert retract(Q * norms, "dgram", method="column_norm").norm(dim=0) == pytest.approx(norms.numpy(), rel=1e-6)
+    assert retract(Q * norms, "dgram", method="column_norm").norm(dim=0) == pytest.approx(
+        norms.numpy(), rel=1e-6
+    )
 
 
 @given(st.integers(1, 16), st.integers(0, 8), st.integers(0, 999))
@@ -277,7 +279,9 @@ def test_zero_and_rank_deficient_gradients_give_finite_directions(solver, manifo
 @pytest.mark.parametrize("solver", ["dual_ascent", "projected"])
 def test_inputs_are_left_alone_and_batches_are_loops(manifold, solver):
     shape = (9, 6)
-    W = torch.stack([on_manifold(manifold, shape, s) if manifold != "none" else gaussian(*shape) for s in range(3)])
+    W = torch.stack(
+        [on_manifold(manifold, shape, s) if manifold != "none" else gaussian(*shape) for s in range(3)]
+    )
     G = gaussian(3, *shape, seed=11)
     before = W.clone(), G.clone()
     A = solve(W, G, manifold, solver=solver)
