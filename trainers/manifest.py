@@ -88,7 +88,7 @@ def checkpoint_name(step: int) -> str:
 
 def checkpoint_steps(names: list[str]) -> list[int]:
     """Steps of the names that are checkpoint folders, newest first."""
-    return sorted((int(n) for n in names if len(n) >= 8 and n.isdigit()), reverse=True)
+    return sorted((int(n) for n in names if len(n) >= 8 and n.isascii() and n.isdigit()), reverse=True)
 
 
 def _flush(path: Path) -> None:

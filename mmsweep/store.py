@@ -1,0 +1,775 @@
+"""Where a sweep's results live: one layout of keys over a folder or an S3 bucket.
+
+`ObjectStore` is the little that is asked of storage; `DirectoryStore` and `mmsweep.s3.S3Store`
+provide it. `RunStore` knows the layout: grids, and for every run its config, status, records,
+checkpoints and summary. Every object is written whole or not at all, and what makes others valid
+(a checkpoint's manifest, a run's summary) is written after them, so a crash at any point leaves a
+store that still reads right.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeAlias, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainers.config import NAME_PATTERN, RUN_ID
+from trainers.errors import InputError, did_you_mean
+from trainers.manifest import CorruptError, checkpoint_name, parse_manifest, verify
+from trainers.records import (
+    CHECKPOINTS,
+    CONFIG,
+    KINDS,
+    MANIFEST,
+    PART,
+    RECORD_TYPES,
+    STATUS,
+    SUMMARY,
+    Record,
+    dumps,
+    latest,
+    parse_part,
+)
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Keys: TypeAlias = list[str]  # the stores have a method called `list`
+
+QUARANTINE = "checkpoints-bad"
+TEMPORARY = ".tmp-"
+"""Begins the name of a file that is still being written; no key may contain such a name."""
+
+
+class NotFound(KeyError):  # noqa: N818 (the name is part of the interface)
+    """No object has this key."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: not found"
+
+
+class StoreError(Exception):
+    """The store cannot be used, or holds something unreadable: one line with the URL and the fix."""
+
+
+class ObjectStore(Protocol):
+    """Whole objects under slash-separated keys. Safe to use from several threads.
+
+    Every method raises `StoreError` when the store cannot be reached or refuses, and `ValueError`
+    for a key that is not plain (see `check_key`). Prefixes name folders: `list("runs/a")` holds
+    no key of `runs/ab`.
+    """
+
+    @property
+    def url(self) -> str:
+        """What `open_store` takes to reach this store from another process."""
+
+    def get(self, key: str) -> bytes:
+        """The object. Raises `NotFound`."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write or replace an object; a reader sees the old bytes or the new, never a mixture."""
+
+    def get_file(self, key: str, path: Path) -> None:
+        """Fetch an object into a file, which appears whole or not at all. Raises `NotFound`."""
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Like `put`, from a file of any size. Raises `FileNotFoundError`."""
+
+    def list(self, prefix: str) -> Keys:
+        """All keys below the prefix, sorted."""
+
+    def children(self, prefix: str) -> Keys:
+        """Names directly below the prefix, of objects and folders, sorted."""
+
+    def exists(self, key: str) -> bool: ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object if it is there."""
+
+    def move(self, key: str, to: str) -> None:
+        """Give an object another key. Raises `NotFound`."""
+
+
+def check_key(key: str) -> str:
+    """`key`, if it is plain: no empty, `.` or `..` segment, nothing absolute, no backslash or NUL.
+
+    Raises:
+        ValueError: it is not.
+    """
+    segments = key.split("/")
+    bad = any(s in ("", ".", "..") or s.startswith(TEMPORARY) for s in segments)
+    if bad or "\\" in key or "\0" in key:
+        raise ValueError(f"not a plain key: {key!r}")
+    return key
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` on success and vanishes on failure."""
+    temporary = path.with_name(TEMPORARY + uuid.uuid4().hex)
+    try:
+        with _create(temporary) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _create(path: Path) -> BinaryIO:
+    # Another process may remove the folder, still empty, before the file is in it.
+    for _ in range(20):
+        with suppress(FileNotFoundError, FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("xb")
+    return path.open("xb")
+
+
+class DirectoryStore:
+    """A folder on a local or shared disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().absolute()
+
+    @property
+    def url(self) -> str:
+        return str(self.root)
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    def _check_root(self) -> None:
+        if self.root.exists() and not self.root.is_dir():
+            raise StoreError(f"{self.url}: not a folder; name a folder for the store")
+
+    @contextmanager
+    def _guard(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError):
+            self._check_root()
+            raise NotFound(f"{self.url}/{key}") from None
+        except OSError as error:
+            reason = error.strerror or str(error)
+            fix = "check that the disk has room and that you may read and write there"
+            raise StoreError(f"{self.url}/{key}: {reason}; {fix}") from error
+
+    @contextmanager
+    def _writing(self, key: str) -> Iterator[BinaryIO]:
+        try:
+            with self._guard(key), replacing(self._path(key)) as file:
+                yield file
+        except NotFound:
+            raise StoreError(f"{self.url}/{key}: a file or folder is in the way; move it") from None
+
+    def get(self, key: str) -> bytes:
+        with self._guard(key):
+            return self._path(key).read_bytes()
+
+    def put(self, key: str, data: bytes) -> None:
+        with self._writing(key) as file:
+            file.write(data)
+
+    def get_file(self, key: str, path: Path) -> None:
+        source = self._path(key)
+        with self._guard(key):
+            file = source.open("rb")
+        with file, replacing(path) as target:
+            shutil.copyfileobj(file, target, 1 << 20)
+
+    def put_file(self, key: str, path: Path) -> None:
+        with path.open("rb") as source, self._writing(key) as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+
+    def list(self, prefix: str) -> Keys:
+        self._check_root()
+        top = self._path(prefix.rstrip("/")) if prefix else self.root
+        keys: Keys = []
+        with self._guard(prefix):
+            for folder, _, names in os.walk(top, onerror=_unless_gone):
+                base = Path(folder).relative_to(self.root).as_posix()
+                visible = (name for name in names if not name.startswith(TEMPORARY))
+                keys.extend(name if base == "." else f"{base}/{name}" for name in visible)
+        return sorted(keys)
+
+    def children(self, prefix: str) -> Keys:
+        top = self._path(prefix.rstrip("/")) if prefix else self.root
+        try:
+            with self._guard(prefix):
+                return sorted(p.name for p in top.iterdir() if not p.name.startswith(TEMPORARY))
+        except NotFound:
+            return []
+
+    def exists(self, key: str) -> bool:
+        with self._guard(key):
+            return self._path(key).is_file()
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with suppress(NotFound), self._guard(key):
+            path.unlink()
+        self._remove_empty_folders(path)
+
+    def move(self, key: str, to: str) -> None:
+        source, target = self._path(key), self._path(to)
+        with self._guard(key):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(target)
+        self._remove_empty_folders(source)
+
+    def _remove_empty_folders(self, path: Path) -> None:
+        for folder in path.parents:
+            if folder == self.root:
+                return
+            try:
+                folder.rmdir()
+            except OSError:
+                return  # it holds something
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def open_store(url: str, *, keep: int = 2) -> RunStore:
+    """The store at `url`: a folder (`./results`, `/abs`, `file:///abs`) or `s3://bucket/prefix`.
+
+    Nothing is contacted or created yet. `keep` is the number of checkpoints kept for every run.
+
+    Raises:
+        InputError: not a URL of these forms.
+    """
+    scheme, separator, _ = url.partition("://")
+    parts = urlsplit(url)
+    if not url.strip():
+        raise InputError("the store has no name; write a folder, as in ./results, or s3://bucket/prefix")
+    if not separator:
+        return RunStore(DirectoryStore(Path(url)), keep=keep)
+    if scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
+        return RunStore(DirectoryStore(Path(unquote(parts.path))), keep=keep)
+    if scheme == "file":
+        raise InputError(f'store "{url}": a file URL has three slashes, as in file:///data/results')
+    if scheme == "s3":
+        from mmsweep.s3 import S3Store  # boto3 only where it is needed
+
+        return RunStore(S3Store(*_bucket_and_prefix(url)), keep=keep)
+    raise InputError(
+        f'store "{url}": {scheme}:// is not supported; use a folder or s3://bucket/prefix '
+        "(with AWS_ENDPOINT_URL for other services that speak S3)"
+    )
+
+
+def _bucket_and_prefix(url: str) -> tuple[str, str]:
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    prefix = prefix.strip("/")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
+        raise InputError(f'store "{url}": "{bucket}" is not a bucket name; write s3://bucket/prefix')
+    try:
+        return bucket, check_key(prefix) if prefix else ""
+    except ValueError:
+        fix = "remove empty, . and .. parts"
+        raise InputError(f'store "{url}": "{prefix}" is not a plain prefix; {fix}') from None
+
+
+@dataclass
+class _Shipped:
+    """What is known of one run's objects in the store, so that nothing is sent or verified twice."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    listed: bool = False
+    parts: set[str] = field(default_factory=set)
+    checkpoints: dict[str, bytes] = field(default_factory=dict)
+    """Manifests of those in the store, by name."""
+    refused: dict[str, bytes] = field(default_factory=dict)
+    """Manifests of damaged local ones."""
+
+
+class RunStore:
+    """The runs of all sweeps that share a store. Safe to use from several threads.
+
+    Methods that take a run id or a grid's name raise `InputError` where it is not one; all raise
+    `StoreError`, one line with the fix, when the store fails or holds something unreadable.
+    """
+
+    def __init__(self, objects: ObjectStore, *, keep: int = 2) -> None:
+        """`keep`: how many complete checkpoints of each run stay in the store."""
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, not {keep}")
+        self.objects = objects
+        self.keep = keep
+        self._shipped: dict[str, _Shipped] = {}
+
+    @property
+    def url(self) -> str:
+        return self.objects.url
+
+    # Grids
+
+    def put_grid(self, name: str, yaml_text: str, index: dict[str, Any]) -> None:
+        """Keep a grid file as it was given, then its expansion."""
+        self.objects.put(f"grids/{_grid_name(name)}.yaml", yaml_text.encode())
+        self._put_json(f"grids/{name}.json", index)
+
+    def grids(self) -> list[str]:
+        names = (n.removesuffix(".json") for n in self.objects.children("grids") if n.endswith(".json"))
+        return [name for name in names if _is_name(name)]
+
+    def grid_index(self, name: str) -> dict[str, Any]:
+        """The expansion of a grid. Raises `NotFound`."""
+        key = f"grids/{_grid_name(name)}.json"
+        index = self._json(key)
+        if index is None:
+            raise NotFound(f"{self.url}/{key}")
+        return index
+
+    # What is known of a run
+
+    def run_ids(self) -> list[str]:
+        return [name for name in self.objects.children("runs") if _is_run_id(name)]
+
+    def config(self, run_id: str) -> dict[str, Any] | None:
+        return self._json(_key(run_id, CONFIG))
+
+    def put_config(self, run_id: str, config: dict[str, Any]) -> None:
+        self._put_json(_key(run_id, CONFIG), config)
+
+    def status(self, run_id: str) -> dict[str, Any] | None:
+        return self._json(_key(run_id, STATUS), _with_floats)
+
+    def put_status(self, run_id: str, status: dict[str, Any]) -> None:
+        self._put_json(_key(run_id, STATUS), status)
+
+    def summary(self, run_id: str) -> dict[str, Any] | None:
+        """The result of a run that is complete, else None."""
+        return self._json(_key(run_id, SUMMARY), _with_floats)
+
+    def put_summary(self, run_id: str, summary: dict[str, Any]) -> None:
+        """Declare a run complete; to be called after everything else is in the store."""
+        self._put_json(_key(run_id, SUMMARY), summary)
+
+    def next_attempt(self, run_id: str) -> int:
+        """1 + the highest attempt that has left a trace under the run."""
+        folders = (re.fullmatch(r"attempt-(\d{3,})", name) for name in self.objects.children(_key(run_id)))
+        seen = [int(match[1]) for match in folders if match]
+        for facts, name in ((self.status(run_id), "attempt"), (self.summary(run_id), "attempts")):
+            value = (facts or {}).get(name)
+            seen += [value] if isinstance(value, int) else []
+        return 1 + max(seen, default=0)
+
+    def _json(self, key: str, convert: Callable[[Any], Any] = lambda v: v) -> dict[str, Any] | None:
+        try:
+            value = json.loads(self.objects.get(key))
+        except NotFound:
+            return None
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise StoreError(f"{self.url}/{key}: not a JSON object written by mmsweep; move it away")
+        return {name: convert(item) for name, item in value.items()}
+
+    def _put_json(self, key: str, value: dict[str, Any]) -> None:
+        self.objects.put(key, (dumps(value) + "\n").encode())
+
+    # Local run folder → store
+
+    def ship(self, run_id: str, run_dir: Path) -> int:
+        """Send what is new in a local run folder, and return the number of objects written.
+
+        Closed parts first, then complete checkpoints that verify (files, then manifest); a
+        checkpoint never arrives before the records that led to it. Older checkpoints in the store
+        are then removed. After a `StoreError` the next call carries on where this one stopped.
+        """
+        shipped = self._shipped.setdefault(_run_id(run_id), _Shipped())
+        with shipped.lock:
+            # Taken before the parts are listed: parts are closed before a checkpoint is complete.
+            local = _local_checkpoints(run_dir)
+            if not shipped.listed:
+                self._list_shipped(run_id, local, shipped)
+            written = self._ship_parts(run_id, run_dir, shipped)
+            return written + self._ship_checkpoints(run_id, run_dir, local, shipped)
+
+    def _list_shipped(self, run_id: str, local: dict[str, bytes], shipped: _Shipped) -> None:
+        shipped.parts = {key for key in self.objects.list(_key(run_id)) if PART.search(key)}
+        for name in self._complete(run_id):
+            key = _key(run_id, CHECKPOINTS, name, MANIFEST)
+            with suppress(NotFound):
+                shipped.checkpoints[name] = self.objects.get(key) if name in local else b""
+        shipped.listed = True
+
+    def _ship_parts(self, run_id: str, run_dir: Path, shipped: _Shipped) -> int:
+        written = 0
+        for path in sorted(run_dir.glob("attempt-*/*.jsonl")):
+            key = _key(run_id, path.parent.name, path.name)
+            if key not in shipped.parts and PART.search(key):
+                self.objects.put_file(key, path)
+                shipped.parts.add(key)
+                written += 1
+        return written
+
+    def _ship_checkpoints(
+        self, run_id: str, run_dir: Path, local: dict[str, bytes], shipped: _Shipped
+    ) -> int:
+        written = kept = 0
+        for name in sorted({*local, *shipped.checkpoints}, key=int, reverse=True):
+            known = (None, shipped.checkpoints.get(name), shipped.refused.get(name))
+            if local.get(name) not in known:
+                written += self._ship_checkpoint(run_id, run_dir / CHECKPOINTS / name, local[name], shipped)
+            kept += name in shipped.checkpoints
+            if kept == self.keep:
+                break  # the others are older than what the store keeps
+        if written:
+            self._prune(run_id)
+        return written
+
+    def _ship_checkpoint(self, run_id: str, folder: Path, manifest: bytes, shipped: _Shipped) -> int:
+        base = _key(run_id, CHECKPOINTS, folder.name)
+        try:
+            files = sorted(verify(folder)["files"])
+            self.objects.delete(f"{base}/{MANIFEST}")  # a different one of the same step
+            for file in files:
+                self.objects.put_file(f"{base}/{file}", folder / file)
+        except CorruptError as error:
+            log.warning("checkpoint not shipped: %s", error)
+            shipped.refused[folder.name] = manifest
+            return 0
+        except FileNotFoundError:
+            return 0  # the trainer has just replaced it by newer ones
+        self.objects.put(f"{base}/{MANIFEST}", manifest)
+        shipped.checkpoints[folder.name] = manifest
+        return len(files) + 1
+
+    def _checkpoints(self, run_id: str) -> dict[str, list[str]]:
+        """File names of every checkpoint in the store, manifest first; without one it is incomplete."""
+        base = _key(run_id, CHECKPOINTS)
+        found: dict[str, list[str]] = {}
+        for key in self.objects.list(base):
+            name, _, file = key.removeprefix(base + "/").partition("/")
+            if _is_checkpoint(name) and file:
+                found.setdefault(name, []).append(file)
+        return {name: sorted(files, key=lambda file: file != MANIFEST) for name, files in found.items()}
+
+    def _complete(self, run_id: str) -> set[str]:
+        return {name for name, files in self._checkpoints(run_id).items() if MANIFEST in files}
+
+    def _prune(self, run_id: str) -> None:
+        """Remove all but the newest complete checkpoints; a newer incomplete one may be on its way."""
+        found = self._checkpoints(run_id)
+        kept = sorted((name for name, files in found.items() if MANIFEST in files), key=int)[-self.keep :]
+        for name, files in found.items():
+            if kept and name not in kept and int(name) < int(kept[-1]):
+                for file in files:
+                    self.objects.delete(_key(run_id, CHECKPOINTS, name, file))
+
+    # Store → local run folder
+
+    def restore(self, run_id: str, run_dir: Path) -> int | None:
+        """Make `run_dir/checkpoints` hold the newest checkpoint that verifies, and return its step.
+
+        A good local one is used as it is. A damaged one, here or in the store, is moved to
+        `checkpoints-bad/` with the reason, and the one before is tried. None: there is none.
+        """
+        stored = self._complete(run_id)
+        local = _local_checkpoints(run_dir)
+        for name in sorted(stored | set(local), key=int, reverse=True):
+            folder = run_dir / CHECKPOINTS / name
+            good = name in local and _verified_or_set_aside(folder)
+            if good or (name in stored and self._fetch(run_id, folder)):
+                return int(name)
+            self._forget(run_id, name)
+        return None
+
+    def _fetch(self, run_id: str, folder: Path) -> bool:
+        """Fetch one checkpoint; False if it is damaged (and now quarantined) or gone."""
+        base = _key(run_id, CHECKPOINTS, folder.name)
+        partial = folder.with_name(f".{folder.name}.partial")
+        reason = None
+        try:
+            for _ in range(2):  # the first time, the damage may have been done on the way
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                reason = self._download(base, self.objects.get(f"{base}/{MANIFEST}"), partial)
+                if reason is None:
+                    shutil.rmtree(folder, ignore_errors=True)  # one without a manifest
+                    partial.rename(folder)
+                    return True
+        except NotFound:
+            return False  # pruned since it was listed
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        self._quarantine(run_id, folder.name, str(reason))
+        return False
+
+    def _download(self, base: str, manifest: bytes, folder: Path) -> str | None:
+        """Fetch and verify the files of a manifest; why they are no checkpoint, or None."""
+        try:
+            for file in parse_manifest(manifest, name=MANIFEST)["files"]:
+                self.objects.get_file(f"{base}/{file}", folder / file)
+            (folder / MANIFEST).write_bytes(manifest)
+            verify(folder)
+        except (CorruptError, NotFound, ValueError, RecursionError) as error:
+            return str(error).replace(f"{folder}/", "")
+        return None
+
+    def _quarantine(self, run_id: str, name: str, reason: str) -> None:
+        log.warning("%s/%s: quarantined: %s", self.url, _key(run_id, CHECKPOINTS, name), reason)
+        before = [n for n in self.objects.children(_key(run_id, QUARANTINE)) if n.startswith(name)]
+        target = _key(run_id, QUARANTINE, f"{name}-{len(before) + 1}")
+        self._put_json(f"{target}/reason.json", {"step": int(name), "reason": reason})
+        for file in self._checkpoints(run_id).get(name, []):
+            with suppress(NotFound):
+                self.objects.move(_key(run_id, CHECKPOINTS, name, file), f"{target}/{file}")
+
+    def _forget(self, run_id: str, name: str) -> None:
+        """Let a checkpoint be shipped again: a repeat of its step may have the very same manifest."""
+        shipped = self._shipped.setdefault(run_id, _Shipped())
+        with shipped.lock:
+            shipped.checkpoints.pop(name, None)
+            shipped.refused.pop(name, None)
+
+    # Records
+
+    def table(self, run_id: str, kind: str) -> pa.Table:
+        """All records of a kind, each row once, ordered by its key; columns are the record's fields.
+
+        Of rows with one key the highest attempt counts. Without records the table is empty but typed.
+        """
+        return self._read(run_id, kind).table
+
+    def conflicts(self, run_id: str) -> list[str]:
+        """One line for every pair of attempts whose rows differ where they must agree; none is good."""
+        return [line for kind in KINDS for line in self._read(run_id, kind).alarms.values()]
+
+    def compact(self, run_id: str) -> dict[str, int]:
+        """Turn the parts of all attempts into one Parquet file per kind; rows by kind.
+
+        Every file is written before the first part is deleted. Where a crash leaves both, readers
+        merge them, so calling it again (at any time) is safe.
+        """
+        rows: dict[str, int] = {}
+        done: list[str] = []
+        for kind in KINDS:
+            read = self._read(run_id, kind)
+            rows[kind] = read.table.num_rows
+            if read.parts:
+                self.objects.put(_key(run_id, f"{kind}.parquet"), _to_parquet(read.table, read.alarms))
+                done += read.parts
+        for _ in _in_threads(self.objects.delete, done):
+            pass
+        return rows
+
+    def _read(self, run_id: str, kind: str) -> _Rows:
+        if kind not in RECORD_TYPES:
+            raise InputError(f'"{kind}" is not a kind of record{did_you_mean(kind, KINDS)}')
+        for _ in range(3):
+            with suppress(NotFound):  # compacted by another process since they were listed
+                return self._read_once(run_id, kind)
+        return self._read_once(run_id, kind)
+
+    def _read_once(self, run_id: str, kind: str) -> _Rows:
+        base = _key(run_id)
+        tables: list[pa.Table] = []
+        alarms: dict[str, str] = {}
+        parquet = f"{base}/{kind}.parquet"
+        keys = self.objects.list(base)
+        parts = [key for key in keys if (match := PART.search(key)) and match[2] == kind]
+        if parquet in keys:
+            data = self.objects.get(parquet)
+            with self._readable(parquet):
+                table, alarms = _from_parquet(data, kind)
+            if not parts:
+                return _Rows(table, alarms, parts)
+            tables.append(table)
+        for key, data in zip(parts, _in_threads(self.objects.get, parts), strict=True):
+            with self._readable(key):
+                tables.append(_to_table(list(parse_part(data, name="line")), kind))
+        table, fresh = _merge(tables, kind)
+        return _Rows(table, {**fresh, **alarms}, parts)
+
+    @contextmanager
+    def _readable(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except _UNREADABLE as error:
+            reason = " ".join(str(error).split())
+            raise StoreError(f"{self.url}/{key}: damaged ({reason}); move it away") from error
+
+
+_UNREADABLE = (
+    *(ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, OSError),
+    pa.ArrowException,
+)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    table: pa.Table
+    alarms: dict[str, str]
+    """By kind and pair of attempts; see `_alarms`."""
+    parts: list[str]
+    """Keys of the parts among its sources."""
+
+
+_ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "list[float]": pa.list_(pa.float64())}
+_ALARMS = b"mmsweep.alarms"
+"""Parquet metadata: the alarms outlive the rows of older attempts."""
+
+
+def _schema(kind: str) -> pa.Schema:
+    return pa.schema([(f.name, _ARROW[str(f.type)]) for f in fields(RECORD_TYPES[kind])])
+
+
+def _to_table(records: list[Record], kind: str) -> pa.Table:
+    if any(record.kind != kind for record in records):
+        raise ValueError(f"holds records that are not {kind}")
+    schema = _schema(kind)
+    return pa.table({n: [getattr(r, n) for r in records] for n in schema.names}, schema=schema)
+
+
+def _merge(tables: list[pa.Table], kind: str) -> tuple[pa.Table, dict[str, str]]:
+    """Each row once, ordered by key, and the alarms.
+
+    Lists (nearly all of the bytes) stay in Arrow: `latest` sees the rows without them.
+    """
+    table = pa.concat_tables(tables) if tables else _schema(kind).empty_table()
+    rows = _light_rows(table, kind)
+    position = {id(row): index for index, row in enumerate(rows)}
+    kept, conflicts = latest(rows)
+    table = table.take(pa.array([position[id(row)] for row in kept], pa.int64())).combine_chunks()
+    return table, _alarms(conflicts, kind)
+
+
+def _light_rows(table: pa.Table, kind: str) -> list[Record]:
+    lists: dict[str, Any] = {f.name: [] for f in table.schema if pa.types.is_list(f.type)}
+    names = [name for name in table.schema.names if name not in lists]
+    columns = [table[name].to_pylist() for name in names]
+    build = RECORD_TYPES[kind]
+    return [build(**dict(zip(names, row, strict=True)), **lists) for row in zip(*columns, strict=True)]
+
+
+def _alarms(conflicts: list[tuple[Record, Record]], kind: str) -> dict[str, str]:
+    pairs: dict[str, list[tuple[Record, Record]]] = {}
+    for older, newer in conflicts:
+        pairs.setdefault(f"{kind} {older.attempt} {newer.attempt}", []).append((older, newer))
+    return {pair: _alarm(rows, kind) for pair, rows in pairs.items()}
+
+
+def _alarm(rows: list[tuple[Record, Record]], kind: str) -> str:
+    older, newer = min(rows, key=lambda row: row[0].step)
+    values = ((n, getattr(older, n), getattr(newer, n)) for n in older.exact)
+    name, before, after = next(v for v in values if repr(v[1]) != repr(v[2]))
+    where = f", {older.matrix}" if hasattr(older, "matrix") else ""
+    return (
+        f"{kind}: {len(rows)} row{'s' if len(rows) > 1 else ''} of attempt {newer.attempt} differ from "
+        f"attempt {older.attempt}, first at step {older.step}{where}: {name} {before!r}, then {after!r}"
+    )
+
+
+def _to_parquet(table: pa.Table, alarms: dict[str, str]) -> bytes:
+    """The same bytes for the same rows."""
+    metadata = {_ALARMS: json.dumps(alarms, sort_keys=True)} if alarms else None
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _from_parquet(data: bytes, kind: str) -> tuple[pa.Table, dict[str, str]]:
+    table = pq.read_table(pa.BufferReader(data))
+    alarms = dict(json.loads((table.schema.metadata or {}).get(_ALARMS, b"{}")))
+    schema = _schema(kind)
+    return table.select(schema.names).cast(schema).combine_chunks(), alarms
+
+
+def _in_threads(function: Callable[[str], T], keys: list[str]) -> Iterator[T]:
+    """Results in the order of the keys; a bounded number of them is held at a time."""
+    with ThreadPoolExecutor(8) as pool:
+        for start in range(0, len(keys), 64):
+            yield from pool.map(function, keys[start : start + 64])
+
+
+def _key(run_id: str, *names: str) -> str:
+    return "/".join(("runs", _run_id(run_id), *names))
+
+
+def _is_run_id(name: str) -> bool:
+    return RUN_ID.fullmatch(name) is not None and ".." not in name
+
+
+def _run_id(name: str) -> str:
+    if not _is_run_id(name):
+        raise InputError(f'"{name}" is not a run id; write it as in "hetero-s1-0123abcd"')
+    return name
+
+
+def _is_name(name: str) -> bool:
+    return re.fullmatch(NAME_PATTERN, name) is not None and ".." not in name
+
+
+def _grid_name(name: str) -> str:
+    if not _is_name(name):
+        allowed = "up to 64 of a-z 0-9 . _ -, beginning with a letter or digit, no '..'"
+        raise InputError(f'"{name}" is not a name for a grid; use {allowed}')
+    return name
+
+
+def _is_checkpoint(name: str) -> bool:
+    return re.fullmatch(r"[0-9]{8,18}", name) is not None and checkpoint_name(int(name)) == name
+
+
+def _local_checkpoints(run_dir: Path) -> dict[str, bytes]:
+    """Manifests of the complete checkpoints of a local run folder, by name."""
+    found = {}
+    for path in (run_dir / CHECKPOINTS).glob(f"*/{MANIFEST}"):
+        if _is_checkpoint(path.parent.name):
+            with suppress(FileNotFoundError):
+                found[path.parent.name] = path.read_bytes()
+    return found
+
+
+def _verified_or_set_aside(folder: Path) -> bool:
+    """Whether a local checkpoint is whole; a damaged one is moved out of the trainer's sight."""
+    try:
+        verify(folder)
+    except CorruptError as error:
+        bad = folder.parents[1] / QUARANTINE
+        bad.mkdir(exist_ok=True)
+        target = bad / f"{folder.name}-{len(list(bad.glob(folder.name + '-*'))) + 1}"
+        log.warning("checkpoint moved to %s: %s", target, error)
+        folder.rename(target)
+        (target / "reason.json").write_text(dumps({"step": int(folder.name), "reason": str(error)}) + "\n")
+        return False
+    return True
+
+
+def _with_floats(value: Any) -> Any:
+    """The inverse of `dumps` for non-finite floats."""
+    if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
+        return float(value)
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _with_floats(item) for name, item in value.items()}
+    return value
