@@ -84,6 +84,7 @@ class Agent:
         self.run_dir = Path(tempfile.mkdtemp(prefix=f"mmsweep-{job.run_id}-"))
         self.started = time.time()
         self.attempt = 0
+        self.config_shipped = False
         self.news = News(records.RUNNING, steps=job.run["schedule"]["steps"])
 
     def run(self) -> News:
@@ -94,7 +95,7 @@ class Agent:
                 return self._tell(status=summary["status"], step=summary["steps"], done=True)
             self.attempt = self._patiently(lambda: self.store.next_attempt(self.job.run_id))
             self._tell(attempt=self.attempt)
-            self._patiently(self._publish)
+            self._patiently(self.publish)
             restored = self._patiently(lambda: self.store.restore(self.job.run_id, self.run_dir))
             self._tell(step=restored or 0)
             return self._train()
@@ -117,7 +118,7 @@ class Agent:
             return self._complete(json.loads(summary_path.read_text()))
         if code == EXIT_STOPPED:
             self._tell(status=records.PENDING, reason="stopped; its state is saved")
-        self._patiently(self._publish)
+        self._patiently(self.publish)
         return self._tell(done=True, retry=code not in (EXIT_STOPPED, EXIT_BAD_INPUT))
 
     def _watch(self, workers: _Workers) -> int:
@@ -149,10 +150,8 @@ class Agent:
     def _complete(self, summary: dict[str, Any]) -> News:
         """Compact the records, then write the summary: its presence means that all else is there."""
         rows = self._patiently(lambda: self.store.compact(self.job.run_id))
-        config = json.loads((self.run_dir / records.CONFIG).read_text())
-        self._patiently(lambda: self.store.put_config(self.job.run_id, config))
         self._tell(status=summary["status"], reason=summary["reason"], step=summary["steps"])
-        self._patiently(self._publish)
+        self._patiently(self.publish)
         self._patiently(lambda: self.store.put_summary(self.job.run_id, {**summary, "rows": rows}))
         return self._tell(done=True)
 
@@ -161,10 +160,14 @@ class Agent:
         _say(self.news.line())
         return self.news
 
-    def _publish(self) -> None:
-        """Write `status.json`, unless a newer attempt has taken over."""
+    def publish(self) -> None:
+        """Write `status.json`, and once there is one `config.json`, unless a newer attempt has taken over."""
         if self.store.next_attempt(self.job.run_id) > self.attempt + 1:
             return
+        config = self.run_dir / records.CONFIG
+        if not self.config_shipped and config.is_file():
+            self.store.put_config(self.job.run_id, json.loads(config.read_text()))
+            self.config_shipped = True
         news = asdict(self.news)
         for private in ("done", "retry"):
             del news[private]
@@ -211,15 +214,12 @@ class _Shipper(threading.Thread):
         self.over = threading.Event()
 
     def run(self) -> None:
-        published, pause = 0.0, SHIP_S
+        published, pause = -STATUS_S, SHIP_S
         while not self.over.wait(pause):
             try:
                 self.agent.store.ship(self.agent.job.run_id, self.agent.run_dir)
-                config = self.agent.run_dir / records.CONFIG
-                if published == 0.0 and config.is_file():
-                    self.agent.store.put_config(self.agent.job.run_id, json.loads(config.read_text()))
                 if time.monotonic() - published > STATUS_S:
-                    self.agent._publish()
+                    self.agent.publish()
                     published = time.monotonic()
                 pause = SHIP_S
             except StoreError as error:

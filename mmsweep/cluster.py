@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from trainers.errors import InputError
 
-# Ray's own defaults are for notebooks: these keep it quiet, keep our working directory, and let an
-# autoscaler see the whole grid. They count only if set before ray is imported.
+# Ray's own defaults are for notebooks: these keep it quiet, keep our working directory, let an
+# autoscaler see the whole grid, and give training the priority of any other process. They count only if set before ray is imported.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -20,6 +20,7 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_MAX_PENDING_TRIALS_PG": "100000",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_worker_niceness": "0",
 }
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Trials exchange a few kilobytes; Ray's default would take a third of the memory."""

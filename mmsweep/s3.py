@@ -19,7 +19,7 @@ from botocore import exceptions as errors
 from botocore.config import Config
 from s3transfer.exceptions import RetriesExceededError
 
-from mmsweep.store import Keys, NotFound, StoreError, check_key, replacing
+from mmsweep.objects import Keys, NotFound, StoreError, check_key, replacing
 
 ATTEMPTS = 6
 """Tries of one request, over some 15 s; AWS_MAX_ATTEMPTS overrides it."""

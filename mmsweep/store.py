@@ -9,25 +9,23 @@ store that still reads right.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-import os
 import re
 import shutil
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeAlias, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from mmsweep.objects import DirectoryStore, NotFound, ObjectStore, StoreError, check_key
+from mmsweep.rows import Rows, from_parquet, merge, to_parquet, to_table
 from trainers.config import NAME_PATTERN, RUN_ID
 from trainers.errors import InputError, did_you_mean
 from trainers.manifest import CorruptError, checkpoint_name, parse_manifest, verify
@@ -40,219 +38,17 @@ from trainers.records import (
     RECORD_TYPES,
     STATUS,
     SUMMARY,
-    Record,
     dumps,
-    latest,
     parse_part,
 )
+
+__all__ = ["DirectoryStore", "NotFound", "ObjectStore", "RunStore", "StoreError", "check_key", "open_store"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Keys: TypeAlias = list[str]  # the stores have a method called `list`
 
 QUARANTINE = "checkpoints-bad"
-TEMPORARY = ".tmp-"
-"""Begins the name of a file that is still being written; no key may contain such a name."""
-
-
-class NotFound(KeyError):  # noqa: N818 (the name is part of the interface)
-    """No object has this key."""
-
-    def __str__(self) -> str:
-        return f"{self.args[0]}: not found"
-
-
-class StoreError(Exception):
-    """The store cannot be used, or holds something unreadable: one line with the URL and the fix."""
-
-
-class ObjectStore(Protocol):
-    """Whole objects under slash-separated keys. Safe to use from several threads.
-
-    Every method raises `StoreError` when the store cannot be reached or refuses, and `ValueError`
-    for a key that is not plain (see `check_key`). Prefixes name folders: `list("runs/a")` holds
-    no key of `runs/ab`.
-    """
-
-    @property
-    def url(self) -> str:
-        """What `open_store` takes to reach this store from another process."""
-
-    def get(self, key: str) -> bytes:
-        """The object. Raises `NotFound`."""
-
-    def put(self, key: str, data: bytes) -> None:
-        """Write or replace an object; a reader sees the old bytes or the new, never a mixture."""
-
-    def get_file(self, key: str, path: Path) -> None:
-        """Fetch an object into a file, which appears whole or not at all. Raises `NotFound`."""
-
-    def put_file(self, key: str, path: Path) -> None:
-        """Like `put`, from a file of any size. Raises `FileNotFoundError`."""
-
-    def list(self, prefix: str) -> Keys:
-        """All keys below the prefix, sorted."""
-
-    def children(self, prefix: str) -> Keys:
-        """Names directly below the prefix, of objects and folders, sorted."""
-
-    def exists(self, key: str) -> bool: ...
-
-    def delete(self, key: str) -> None:
-        """Remove an object if it is there."""
-
-    def move(self, key: str, to: str) -> None:
-        """Give an object another key. Raises `NotFound`."""
-
-
-def check_key(key: str) -> str:
-    """`key`, if it is plain: no empty, `.` or `..` segment, nothing absolute, no backslash or NUL.
-
-    Raises:
-        ValueError: it is not.
-    """
-    segments = key.split("/")
-    bad = any(s in ("", ".", "..") or s.startswith(TEMPORARY) for s in segments)
-    if bad or "\\" in key or "\0" in key:
-        raise ValueError(f"not a plain key: {key!r}")
-    return key
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` on success and vanishes on failure."""
-    temporary = path.with_name(TEMPORARY + uuid.uuid4().hex)
-    try:
-        with _create(temporary) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _create(path: Path) -> BinaryIO:
-    # Another process may remove the folder, still empty, before the file is in it.
-    for _ in range(20):
-        with suppress(FileNotFoundError, FileExistsError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return path.open("xb")
-    return path.open("xb")
-
-
-class DirectoryStore:
-    """A folder on a local or shared disk."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
-
-    @property
-    def url(self) -> str:
-        return str(self.root)
-
-    def _path(self, key: str) -> Path:
-        return self.root / check_key(key)
-
-    def _check_root(self) -> None:
-        if self.root.exists() and not self.root.is_dir():
-            raise StoreError(f"{self.url}: not a folder; name a folder for the store")
-
-    @contextmanager
-    def _guard(self, key: str) -> Iterator[None]:
-        try:
-            yield
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError):
-            self._check_root()
-            raise NotFound(f"{self.url}/{key}") from None
-        except OSError as error:
-            reason = error.strerror or str(error)
-            fix = "check that the disk has room and that you may read and write there"
-            raise StoreError(f"{self.url}/{key}: {reason}; {fix}") from error
-
-    @contextmanager
-    def _writing(self, key: str) -> Iterator[BinaryIO]:
-        try:
-            with self._guard(key), replacing(self._path(key)) as file:
-                yield file
-        except NotFound:
-            raise StoreError(f"{self.url}/{key}: a file or folder is in the way; move it") from None
-
-    def get(self, key: str) -> bytes:
-        with self._guard(key):
-            return self._path(key).read_bytes()
-
-    def put(self, key: str, data: bytes) -> None:
-        with self._writing(key) as file:
-            file.write(data)
-
-    def get_file(self, key: str, path: Path) -> None:
-        source = self._path(key)
-        with self._guard(key):
-            file = source.open("rb")
-        with file, replacing(path) as target:
-            shutil.copyfileobj(file, target, 1 << 20)
-
-    def put_file(self, key: str, path: Path) -> None:
-        with path.open("rb") as source, self._writing(key) as file:
-            shutil.copyfileobj(source, file, 1 << 20)
-
-    def list(self, prefix: str) -> Keys:
-        self._check_root()
-        top = self._path(prefix.rstrip("/")) if prefix else self.root
-        keys: Keys = []
-        with self._guard(prefix):
-            for folder, _, names in os.walk(top, onerror=_unless_gone):
-                base = Path(folder).relative_to(self.root).as_posix()
-                visible = (name for name in names if not name.startswith(TEMPORARY))
-                keys.extend(name if base == "." else f"{base}/{name}" for name in visible)
-        return sorted(keys)
-
-    def children(self, prefix: str) -> Keys:
-        top = self._path(prefix.rstrip("/")) if prefix else self.root
-        try:
-            with self._guard(prefix):
-                return sorted(p.name for p in top.iterdir() if not p.name.startswith(TEMPORARY))
-        except NotFound:
-            return []
-
-    def exists(self, key: str) -> bool:
-        with self._guard(key):
-            return self._path(key).is_file()
-
-    def delete(self, key: str) -> None:
-        path = self._path(key)
-        with suppress(NotFound), self._guard(key):
-            path.unlink()
-        self._remove_empty_folders(path)
-
-    def move(self, key: str, to: str) -> None:
-        source, target = self._path(key), self._path(to)
-        with self._guard(key):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            source.replace(target)
-        self._remove_empty_folders(source)
-
-    def _remove_empty_folders(self, path: Path) -> None:
-        for folder in path.parents:
-            if folder == self.root:
-                return
-            try:
-                folder.rmdir()
-            except OSError:
-                return  # it holds something
-
-
-def _unless_gone(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise error
 
 
 def open_store(url: str, *, keep: int = 2) -> RunStore:
@@ -575,13 +371,13 @@ class RunStore:
             read = self._read(run_id, kind)
             rows[kind] = read.table.num_rows
             if read.parts:
-                self.objects.put(_key(run_id, f"{kind}.parquet"), _to_parquet(read.table, read.alarms))
+                self.objects.put(_key(run_id, f"{kind}.parquet"), to_parquet(read.table, read.alarms))
                 done += read.parts
         for _ in _in_threads(self.objects.delete, done):
             pass
         return rows
 
-    def _read(self, run_id: str, kind: str) -> _Rows:
+    def _read(self, run_id: str, kind: str) -> Rows:
         if kind not in RECORD_TYPES:
             raise InputError(f'"{kind}" is not a kind of record{did_you_mean(kind, KINDS)}')
         for _ in range(3):
@@ -589,7 +385,7 @@ class RunStore:
                 return self._read_once(run_id, kind)
         return self._read_once(run_id, kind)
 
-    def _read_once(self, run_id: str, kind: str) -> _Rows:
+    def _read_once(self, run_id: str, kind: str) -> Rows:
         base = _key(run_id)
         tables: list[pa.Table] = []
         alarms: dict[str, str] = {}
@@ -599,15 +395,15 @@ class RunStore:
         if parquet in keys:
             data = self.objects.get(parquet)
             with self._readable(parquet):
-                table, alarms = _from_parquet(data, kind)
+                table, alarms = from_parquet(data, kind)
             if not parts:
-                return _Rows(table, alarms, parts)
+                return Rows(table, alarms, parts)
             tables.append(table)
         for key, data in zip(parts, _in_threads(self.objects.get, parts), strict=True):
             with self._readable(key):
-                tables.append(_to_table(list(parse_part(data, name="line")), kind))
-        table, fresh = _merge(tables, kind)
-        return _Rows(table, {**fresh, **alarms}, parts)
+                tables.append(to_table(list(parse_part(data, name="line")), kind))
+        table, fresh = merge(tables, kind)
+        return Rows(table, {**fresh, **alarms}, parts)
 
     @contextmanager
     def _readable(self, key: str) -> Iterator[None]:
@@ -622,85 +418,6 @@ _UNREADABLE = (
     *(ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, OSError),
     pa.ArrowException,
 )
-
-
-@dataclass(frozen=True)
-class _Rows:
-    table: pa.Table
-    alarms: dict[str, str]
-    """By kind and pair of attempts; see `_alarms`."""
-    parts: list[str]
-    """Keys of the parts among its sources."""
-
-
-_ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "list[float]": pa.list_(pa.float64())}
-_ALARMS = b"mmsweep.alarms"
-"""Parquet metadata: the alarms outlive the rows of older attempts."""
-
-
-def _schema(kind: str) -> pa.Schema:
-    return pa.schema([(f.name, _ARROW[str(f.type)]) for f in fields(RECORD_TYPES[kind])])
-
-
-def _to_table(records: list[Record], kind: str) -> pa.Table:
-    if any(record.kind != kind for record in records):
-        raise ValueError(f"holds records that are not {kind}")
-    schema = _schema(kind)
-    return pa.table({n: [getattr(r, n) for r in records] for n in schema.names}, schema=schema)
-
-
-def _merge(tables: list[pa.Table], kind: str) -> tuple[pa.Table, dict[str, str]]:
-    """Each row once, ordered by key, and the alarms.
-
-    Lists (nearly all of the bytes) stay in Arrow: `latest` sees the rows without them.
-    """
-    table = pa.concat_tables(tables) if tables else _schema(kind).empty_table()
-    rows = _light_rows(table, kind)
-    position = {id(row): index for index, row in enumerate(rows)}
-    kept, conflicts = latest(rows)
-    table = table.take(pa.array([position[id(row)] for row in kept], pa.int64())).combine_chunks()
-    return table, _alarms(conflicts, kind)
-
-
-def _light_rows(table: pa.Table, kind: str) -> list[Record]:
-    lists: dict[str, Any] = {f.name: [] for f in table.schema if pa.types.is_list(f.type)}
-    names = [name for name in table.schema.names if name not in lists]
-    columns = [table[name].to_pylist() for name in names]
-    build = RECORD_TYPES[kind]
-    return [build(**dict(zip(names, row, strict=True)), **lists) for row in zip(*columns, strict=True)]
-
-
-def _alarms(conflicts: list[tuple[Record, Record]], kind: str) -> dict[str, str]:
-    pairs: dict[str, list[tuple[Record, Record]]] = {}
-    for older, newer in conflicts:
-        pairs.setdefault(f"{kind} {older.attempt} {newer.attempt}", []).append((older, newer))
-    return {pair: _alarm(rows, kind) for pair, rows in pairs.items()}
-
-
-def _alarm(rows: list[tuple[Record, Record]], kind: str) -> str:
-    older, newer = min(rows, key=lambda row: row[0].step)
-    values = ((n, getattr(older, n), getattr(newer, n)) for n in older.exact)
-    name, before, after = next(v for v in values if repr(v[1]) != repr(v[2]))
-    where = f", {older.matrix}" if hasattr(older, "matrix") else ""
-    return (
-        f"{kind}: {len(rows)} row{'s' if len(rows) > 1 else ''} of attempt {newer.attempt} differ from "
-        f"attempt {older.attempt}, first at step {older.step}{where}: {name} {before!r}, then {after!r}"
-    )
-
-
-def _to_parquet(table: pa.Table, alarms: dict[str, str]) -> bytes:
-    """The same bytes for the same rows."""
-    metadata = {_ALARMS: json.dumps(alarms, sort_keys=True)} if alarms else None
-    buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd")
-    return buffer.getvalue()
-
-
-def _from_parquet(data: bytes, kind: str) -> tuple[pa.Table, dict[str, str]]:
-    table = pq.read_table(pa.BufferReader(data))
-    alarms = dict(json.loads((table.schema.metadata or {}).get(_ALARMS, b"{}")))
-    schema = _schema(kind)
-    return table.select(schema.names).cast(schema).combine_chunks(), alarms
 
 
 def _in_threads(function: Callable[[str], T], keys: list[str]) -> Iterator[T]:

@@ -110,7 +110,7 @@ def _at_the_end(evals: Sequence[tuple[int, float]], horizon: int, rules: Stabili
     window = max(1, round(rules.drift_window * len(evals)))
     tail = [loss for _, loss in evals[-window:]]
     mean = sum(tail) / len(tail)
-    if mean > best + rules.drift_rise:
+    if mean > best + rules.drift_rise and tail[-1] > best:  # a loss that still falls has not departed
         # Dated at the first evaluation after which the loss stayed above the line.
         last_good = max((s for s, loss in evals if loss <= best + rules.drift_rise), default=None)
         step = min((s for s, _ in evals if last_good is None or s > last_good), default=evals[-1][0])

@@ -1,0 +1,256 @@
+"""Tables as functions of frames: numbers first (`t1`), then the same numbers as text and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis.load import Frames
+from analysis.stats import Interval, clopper_pearson, paired_t
+from trainers.records import FINISHED
+
+REFERENCES = ("unconstrained", "all_stiefel")
+PREDECLARED = (("hetero", "all_stiefel"), ("hetero", "unconstrained"))
+"""The contrasts named before any run; every other difference is exploratory."""
+
+PUBLISHED = {
+    "unconstrained": "3.3855",
+    "all_stiefel": "3.3679",
+    "all_dgram": "unstable",
+    "hetero": "3.3544",
+    "hetero_inv": "unstable",
+}
+"""Final validation loss, Table 1 of the paper (arXiv 2606.13276). One run per arm."""
+_PRESET = {"d_model": 768, "horizon": 50_000}
+
+
+def t1(frames: Frames) -> pd.DataFrame:
+    """T1: one row per arm (and axis cell), in the order of the grid.
+
+    Losses are in nats per token. A run that finished without a finite loss at its horizon counts
+    as +inf in `final_median` and in `rank`. `stable_mean` is conditional: over stable runs alone.
+    `minus_<arm>` is the mean of the seed-paired differences of finite final losses, with its 95%
+    t interval and number of pairs.
+    """
+    rows = []
+    references = [arm for arm in REFERENCES if arm in set(frames.runs["arm"])]
+    published = is_paper_preset(frames)
+    sigma = _last_attention_sigma(frames)
+    for _, runs in frames.runs.groupby("label", sort=False):
+        row = _losses(frames, runs)
+        for reference in references:
+            row |= _difference(frames, runs, reference)
+        row |= _stability(runs)
+        row["attn_sigma_max"] = sigma.reindex(runs.loc[runs["status"].isin(FINISHED), "run_id"]).median()
+        if published:
+            row["published"] = PUBLISHED.get(row["arm"], "")
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    table["rank"] = table["final_median"].rank(method="min").astype("Int64")
+    return table
+
+
+def is_paper_preset(frames: Frames) -> bool:
+    """Whether published losses may stand beside these: all known configs are GPT-2 small at 50,000 steps."""
+    known = frames.runs.dropna(subset=list(_PRESET))
+    return len(known) > 0 and all((known[key] == value).all() for key, value in _PRESET.items())
+
+
+def _losses(frames: Frames, runs: pd.DataFrame) -> dict[str, Any]:
+    finished = runs[runs["status"].isin(FINISHED)]
+    final = finished["final_val_loss"].dropna()
+    whole = final[final.map(math.isfinite)]
+    stable = finished.loc[~finished["unstable"].fillna(True).astype(bool), "final_val_loss"].dropna()
+    first = runs.iloc[0]
+    return {
+        "arm": str(first["arm"]),
+        "label": str(first["label"]),
+        **{axis: first[axis] for axis in frames.axes},
+        "attn": str(first["attn"]),
+        "mlp": str(first["mlp"]),
+        "n_planned": len(runs),
+        "n_finished": len(finished),
+        "n_diverged": len(final) - len(whole),
+        "final_mean": float(final.mean()) if len(final) else math.nan,
+        "final_sd": float(final.std()) if len(whole) == len(final) > 1 else math.nan,
+        "final_median": float(final.median()) if len(final) else math.nan,
+        "best_median": float(finished["best_val_loss"].median()),
+        "stable_mean": float(stable.mean()),
+        "n_stable": len(stable),
+    }
+
+
+def paired(frames: Frames, runs: pd.DataFrame, reference: str) -> Interval:
+    """`runs` minus the runs of arm `reference` with the same seed, grid and axis cell."""
+    others = frames.runs[frames.runs["arm"] == reference]
+    pairs = runs.merge(others, on=["family", "seed"], suffixes=("", "_reference"))
+    differences = pairs["final_val_loss"] - pairs["final_val_loss_reference"]
+    return paired_t([d for d in differences.tolist() if math.isfinite(d)])
+
+
+def _difference(frames: Frames, runs: pd.DataFrame, reference: str) -> dict[str, Any]:
+    name = f"minus_{reference}"
+    arm = str(runs["arm"].iloc[0])
+    found = paired(frames, runs, reference) if arm != reference else Interval(math.nan, math.nan, math.nan, 0)
+    return {
+        name: found.estimate,
+        f"{name}_low": found.low,
+        f"{name}_high": found.high,
+        f"{name}_pairs": found.n,
+    }
+
+
+def _stability(runs: pd.DataFrame) -> dict[str, Any]:
+    """Over finished runs with evaluations: a run that still trains may yet turn, and one that the
+    machine lost says nothing."""
+    judged = runs.loc[runs["status"].isin(FINISHED), "unstable"].dropna().astype(bool)
+    share = clopper_pearson(int(judged.sum()), len(judged))
+    return {
+        "n_judged": len(judged),
+        "n_unstable": int(judged.sum()),
+        "unstable_low": share.low,
+        "unstable_high": share.high,
+    }
+
+
+def _last_attention_sigma(frames: Frames) -> pd.Series[float]:
+    """Per run, the largest singular value of any attention matrix in its last spectra."""
+    attention = frames.spectra[frames.spectra["module"] == "attn"]
+    last = attention.groupby("run_id")["step"].transform("max")
+    return attention[attention["step"] == last].groupby("run_id")["sigma_max"].max()
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A table as people read it: column heads, rows of cells, which columns are words, and notes."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: tuple[bool, ...]
+    notes: tuple[str, ...]
+
+
+def t1_text(frames: Frames, table: pd.DataFrame, *, compact: bool = False) -> Text:
+    """T1 with four decimals. `compact` leaves out what a terminal has no room for."""
+    references = [arm for arm in REFERENCES if f"minus_{arm}" in table]
+    mixed = (table["n_unstable"] > 0) & (table["n_stable"] > 0)
+    conditional = bool(mixed.any()) and not compact
+    rows = [
+        _t1_row(frames, row, references, compact=compact, conditional=conditional)
+        for row in table.to_dict("records")
+    ]
+    columns = tuple(rows[0]) if rows else ()
+    words = tuple(column in ("arm", "attention", "MLP", *frames.axes) for column in columns)
+    return Text(columns, tuple(tuple(row.values()) for row in rows), words, _t1_notes(table, references))
+
+
+def _t1_row(
+    frames: Frames, row: Mapping[Any, Any], references: Sequence[str], *, compact: bool, conditional: bool
+) -> dict[str, str]:
+    cells = {"arm": row["label"] if not frames.grid else row["arm"]}
+    cells |= {axis: _axis(row[axis]) for axis in frames.axes}
+    cells |= {"attention": row["attn"], "MLP": row["mlp"], "runs": f"{row['n_finished']}/{row['n_planned']}"}
+    cells["final, mean ± sd"] = _spread(row["final_mean"], row["final_sd"])
+    if not compact:
+        cells["median"] = _loss(row["final_median"])
+        cells["best, median"] = _loss(row["best_median"])
+    for reference in references:
+        mark = "*" if (row["arm"], reference) in PREDECLARED else ""
+        cells[f"− {reference}"] = _interval(row, f"minus_{reference}", mark)
+    cells["unstable"] = _share(row, bounds=not compact)
+    cells["attention σ_max"] = three_digits(row["attn_sigma_max"])
+    cells["rank"] = "–" if pd.isna(row["rank"]) else str(row["rank"])
+    if conditional:
+        mixed = row["n_unstable"] and row["n_stable"]
+        cells["mean of stable runs (conditional)"] = (
+            f"{row['stable_mean']:.4f} (n = {row['n_stable']})" if mixed else "–"
+        )
+    if "published" in row:
+        cells["published"] = row["published"] or "–"
+    return cells
+
+
+def _t1_notes(table: pd.DataFrame, references: Sequence[str]) -> tuple[str, ...]:
+    notes = [
+        "Losses: validation, nats per token. runs: finished / planned. σ_max: at the end, median over runs."
+    ]
+    if references:
+        notes.append(
+            "− arm: mean difference of final losses, paired by seed, with its 95% t interval (n pairs with "
+            "finite losses), not adjusted for the number of comparisons. * predeclared; others exploratory."
+        )
+    notes.append("unstable: k of n finished runs, with the 95% Clopper–Pearson interval of the share.")
+    if (table["n_diverged"] > 0).any():
+        notes.append("diverged: no finite loss at the horizon; counts as +∞ in median and rank.")
+    if "published" in table:
+        notes.append("published: Table 1 of arXiv 2606.13276, one run per arm.")
+    return tuple(notes)
+
+
+def _axis(value: Any) -> str:
+    return _number(value, "g") if isinstance(value, float) else str(value)
+
+
+def _loss(value: float) -> str:
+    return "diverged" if value == math.inf else _number(value, ".4f")
+
+
+def _number(value: float, how: str) -> str:
+    return "–" if pd.isna(value) else format(value, how)
+
+
+def three_digits(value: float) -> str:
+    """`1.00`, `46.2`, `168`, `3,012`, `1.23e+06`."""
+    return _number(value, ",.0f" if 1000 <= value < 1e6 else "#.3g").rstrip(".")
+
+
+def _spread(mean: float, sd: float) -> str:
+    return _loss(mean) if pd.isna(sd) else f"{mean:.4f} ± {sd:.4f}"
+
+
+def _interval(row: Mapping[Any, Any], name: str, mark: str) -> str:
+    if not row[f"{name}_pairs"]:
+        return "–"
+    bounds = ""
+    if not pd.isna(row[f"{name}_low"]):
+        bounds = f" [{_signed(row[f'{name}_low'])}, {_signed(row[f'{name}_high'])}]"
+    return f"{_signed(row[name])}{bounds} ({row[f'{name}_pairs']}){mark}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
+
+
+def _share(row: Mapping[Any, Any], *, bounds: bool) -> str:
+    if not row["n_judged"]:
+        return "–"
+    share = f"{row['n_unstable']}/{row['n_judged']}"
+    return f"{share} [{row['unstable_low']:.2f}, {row['unstable_high']:.2f}]" if bounds else share
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """The table as CSV: the same numbers give the same bytes. Missing cells are empty."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([_cell(column) for column in table.columns])
+    for row in table.itertuples(index=False):
+        writer.writerow([_cell(value) for value in row])
+    return buffer.getvalue()
+
+
+def _cell(value: Any) -> str:
+    """Numbers at a fixed precision; text that a spreadsheet would run as a formula gets a quote."""
+    if not isinstance(value, str) and pd.isna(value):
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6f}"
+    text = str(value)
+    return (
+        "'" + text if isinstance(value, str) and text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    )

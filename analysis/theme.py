@@ -1,0 +1,152 @@
+"""One look for every figure: colours, markers, line styles, and deterministic SVG and PNG.
+
+Colours are from Okabe and Ito (2008), so that the five arms of the paper stay apart under colour
+blindness. Names stand in ink beside the lines, and markers say the same again for print in grey.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+PAPER = "#ffffff"
+INK = "#1b1e23"
+MUTED = "#757b85"
+RULE = "#dcdfe4"
+"""Grid lines. The report turns INK and RULE into the colour of its text, and PAPER into none."""
+
+PAPER_ARMS = {
+    "unconstrained": ("#5f5f5f", "s"),
+    "all_stiefel": ("#009e73", "^"),
+    "all_dgram": ("#d55e00", "D"),
+    "hetero": ("#0072b2", "o"),
+    "hetero_inv": ("#cc79a7", "v"),
+}
+OTHER_ARMS = (("#3a8fb7", "P"), ("#a6761d", "X"), ("#5e4fa2", "<"), ("#66842a", ">"), ("#c2475a", "h"))
+VARIANTS: tuple[Any, ...] = ("-", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+"""Line styles of one arm's axis cells. Dashes are kept for what follows a bad evaluation."""
+AFTER_BAD = (0, (3, 1.6))
+
+_RC = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9.0,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "text.parse_math": False,  # names come from people: "$" is a dollar sign
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "mmsweep",
+    "path.simplify": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    colour: str
+    marker: str
+    line: Any = "-"
+
+
+def look() -> Any:
+    """Context in which figures are built and written."""
+    return mpl.rc_context(_RC)
+
+
+def arm_styles(arms: Sequence[str]) -> dict[str, Style]:
+    """The paper's arms keep their colour everywhere; others take the next of a fixed cycle."""
+    others = [arm for arm in arms if arm not in PAPER_ARMS]
+    cycle = {arm: OTHER_ARMS[i % len(OTHER_ARMS)] for i, arm in enumerate(others)}
+    return {arm: Style(*(PAPER_ARMS.get(arm) or cycle[arm])) for arm in arms}
+
+
+def direct_labels(ax: Any, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Name lines at the right edge: `(y in data units, text, colour)`, pushed apart where they are close.
+
+    Call it last: it needs the final limits and scale of `ax`.
+    """
+    figure = ax.get_figure()
+    height = ax.get_position().height * figure.get_figheight() * 72  # points
+    gap = 1.35 * mpl.rcParams["font.size"] / height
+    wanted = sorted((_fraction(ax, y), text, colour) for y, text, colour in labels)
+    for (at, text, colour), place in zip(wanted, spread([w[0] for w in wanted], gap), strict=True):
+        ax.annotate(
+            text,
+            xy=(1.0, at),
+            xytext=(1.05, place),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            va="center",
+            fontsize="small",
+            fontweight="bold",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "lw": 1.8,
+                "shrinkA": 2,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def _fraction(ax: Any, y: float) -> float:
+    low, high = ax.get_ylim()
+    if ax.get_yscale() == "log":
+        low, high, y = (math.log10(max(v, 1e-300)) for v in (low, high, y))
+    return min(max(float((y - low) / (high - low)), 0.0), 1.0)
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Ascending places moved as little as needed to be `gap` apart: least squares, then kept in view."""
+    blocks: list[list[float]] = []  # [sum of (place - offset), count]
+    for i, place in enumerate(places):
+        blocks.append([place - i * gap, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1][0] += total
+            blocks[-1][1] += count
+    level = [total / count for total, count in blocks for _ in range(int(count))]
+    top = 1.0 - (len(places) - 1) * gap
+    return [min(max(base, 0.0), max(top, 0.0)) + i * gap for i, base in enumerate(level)]
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure as SVG: the same figure gives the same bytes."""
+    return _saved(figure, "svg", {"Date": None, "Creator": None})
+
+
+def png(figure: Figure, *, dpi: int = 144) -> bytes:
+    """The figure as PNG: the same figure and libraries give the same bytes."""
+    return _saved(figure, "png", {"Software": None}, dpi=dpi)
+
+
+def _saved(figure: Figure, kind: str, metadata: dict[str, None], **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    with look():
+        figure.savefig(buffer, format=kind, metadata=metadata, **options)
+    return buffer.getvalue()

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import pytest
+from synthetic import paper_like, write_store
+
+from analysis.load import load
+
+
+@pytest.fixture(scope="session")
+def paper_store(tmp_path_factory):
+    """The five arms of the paper, two seeds each. To be read only."""
+    return write_store(tmp_path_factory.mktemp("paper"), paper_like())
+
+
+@pytest.fixture(scope="session")
+def paper_frames(paper_store):
+    return load(paper_store)

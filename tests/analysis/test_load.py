@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from synthetic import Run, curve, grid_index, paper_like, write_run, write_store
+
+from analysis.load import RUN_DTYPES, load, long_dtypes
+from trainers.errors import InputError
+from trainers.records import KINDS
+from trainers.stability import judge
+
+
+def dtypes(frame):
+    return {name: str(dtype) for name, dtype in frame.dtypes.items()}
+
+
+def long_frames(frames):
+    return {"steps": frames.steps, "evals": frames.evals, "spectra": frames.spectra}
+
+
+def test_a_whole_sweep_is_one_row_per_run_with_its_records(paper_frames):
+    runs, frames = paper_like(), paper_frames
+    assert frames.grid == "quickstart"
+    assert frames.arms == ("unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
+    assert frames.runs["run_id"].tolist() == [run.run_id for run in runs]
+    assert frames.runs["final_val_loss"].tolist() == [run.losses[-1] for run in runs]
+    assert frames.runs["best_val_loss"].tolist() == [min(run.losses) for run in runs]
+    hetero = frames.runs[frames.runs["arm"] == "hetero"].iloc[0]
+    assert (hetero["attn"], hetero["mlp"], hetero["step"], hetero["horizon"]) == (
+        "stiefel",
+        "dgram",
+        300,
+        300,
+    )
+    assert len(frames.evals) == 10 * 13
+    assert len(frames.spectra) == 10 * 13 * 8
+    assert frames.notes == ()
+
+
+def test_dtypes_are_fixed_also_where_there_is_nothing(tmp_path, paper_frames):
+    full = paper_frames
+    pending = Run("hetero", 0, [], status="pending")
+    empty = load(write_store(tmp_path / "empty", [pending]))
+    assert dtypes(full.runs) == dtypes(empty.runs) == RUN_DTYPES
+    for kind in KINDS:
+        assert dtypes(long_frames(full)[kind]) == dtypes(long_frames(empty)[kind]) == long_dtypes(kind)
+    assert empty.evals.empty
+
+
+def test_the_verdict_comes_from_the_evaluations_and_a_summary_that_differs_is_named(tmp_path):
+    run = Run("hetero_inv", 0, curve(3.127, dip=2.85), attn_sigma=160.0)
+    store = write_store(tmp_path, [run])
+    told = store.summary(run.run_id)
+    store.put_summary(run.run_id, told | {"verdict": {"unstable": False, "first_bad": None, "rules": []}})
+    frames = load(store)
+    row = frames.runs.iloc[0]
+    expected = judge(run.evaluations, 300, run.config.stability)
+    assert frames.verdicts[run.run_id] == expected
+    assert expected.unstable
+    assert (bool(row["unstable"]), row["first_bad"]) == (True, expected.first_bad)
+    assert row["rules"] == "persistent_drift (225, 250]; no_recovery (200, 225]"
+    assert frames.notes == (f"{run.run_id}: its summary says stable, its evaluations say unstable",)
+
+
+def test_a_diverged_run_is_infinitely_bad_and_its_nan_is_kept(tmp_path):
+    run = Run("all_dgram", 0, [5.5, 4.0, 3.0, math.nan], status="diverged")
+    frames = load(write_store(tmp_path, [run]))
+    row = frames.runs.iloc[0]
+    assert row["final_val_loss"] == math.inf
+    assert math.isnan(row["last_val_loss"])
+    assert (row["best_val_loss"], row["first_bad"]) == (3.0, 75)
+    assert math.isnan(frames.evals["val_loss"].iloc[-1])
+
+
+def test_a_non_finite_training_loss_counts_although_no_evaluation_saw_it(tmp_path):
+    run = Run("all_dgram", 0, [5.5, 4.0, 3.0], status="diverged")
+    store = write_store(tmp_path, [run], index={})
+    line = '{"kind":"steps","run":"%s","attempt":2,"step":61,"tokens_seen":1,"loss":"NaN","grad_norm":"NaN",'
+    line += '"lr":1e-3,"muon_lr":1e-3,"step_ms":1.0,"tokens_per_s":1.0,"time":1.0}\n'
+    key = f"runs/{run.run_id}/attempt-002/steps-000000.jsonl"
+    store.objects.put(key, (line % run.run_id).encode())
+    assert load(store).runs["first_bad"].tolist() == [61]
+
+
+def test_a_running_sweep_loads(tmp_path):
+    done, pending = Run("hetero", 0, curve(2.4)), Run("hetero", 1, [], status="pending")
+    running = Run("hetero", 2, [5.5, 4.0, 3.5], status="running")
+    unseen = Run("hetero", 3, [])
+    store = write_store(
+        tmp_path, [done, pending, running], index=grid_index([done, pending, running, unseen])
+    )
+    frames = load(store)
+    assert frames.runs["status"].tolist() == ["completed", "pending", "running", "pending"]
+    assert frames.runs["step"].tolist() == [300, 0, 50, 0]
+    assert frames.runs["final_val_loss"].notna().tolist() == [True, False, False, False]
+    assert frames.runs["last_val_loss"].tolist()[2] == 3.5
+    assert frames.runs["unstable"].isna().tolist() == [False, True, False, True]
+
+
+def test_a_running_run_is_judged_on_spikes_alone(tmp_path):
+    drifting = Run("hetero", 0, [3.0] * 5 + [3.3] * 6, status="running")
+    spiking = Run("hetero", 1, [3.0] * 5 + [4.2], status="running")
+    frames = load(write_store(tmp_path, [drifting, spiking]))
+    assert frames.runs["unstable"].tolist() == [False, True]
+
+
+def test_a_torn_last_line_is_dropped_and_a_damaged_part_is_named(tmp_path):
+    torn, damaged = (
+        Run("hetero", 0, curve(2.4)[:5], status="running"),
+        Run("hetero", 1, curve(2.4)[:5], status="running"),
+    )
+    store = write_store(tmp_path, [torn, damaged])
+    part = "runs/{}/attempt-001/evals-000000.jsonl"
+    data = store.objects.get(part.format(torn.run_id))
+    store.objects.put(part.format(torn.run_id), data[:-20])
+    store.objects.put(part.format(damaged.run_id), b"{not json}\n" + data)
+    frames = load(store)
+    assert frames.evals.groupby("run_id").size().to_dict() == {torn.run_id: 4}
+    assert len(frames.spectra["run_id"].unique()) == 2
+    assert len(frames.notes) == 1
+    assert damaged.run_id in frames.notes[0]
+    assert "evals" in frames.notes[0]
+
+
+def test_foreign_files_in_the_store_are_not_runs(tmp_path):
+    store = write_store(tmp_path, paper_like()[:1])
+    root = Path(store.url)
+    (root / "runs" / "README.txt").write_text("mine")
+    (root / "runs" / "old backup").mkdir()
+    (root / "grids" / ".DS_Store").write_bytes(b"\0")
+    (root / "report").mkdir()
+    assert len(load(store).runs) == 1
+
+
+def test_runs_outside_the_grid_come_only_without_a_grid_and_are_never_pooled(tmp_path):
+    inside = Run("hetero", 0, curve(2.4))
+    outside = Run("hetero", 1, curve(2.9), overrides={"precision": "bfloat16"})
+    store = write_store(tmp_path, [inside, outside], index=grid_index([inside]))
+    assert load(store, grid="quickstart").runs["run_id"].tolist() == [inside.run_id]
+    frames = load(store)
+    assert frames.runs["run_id"].tolist() == [inside.run_id, outside.run_id]
+    assert frames.runs["grid"].tolist() == ["quickstart", ""]
+    assert (
+        frames.runs["group"].nunique()
+        == frames.runs["family"].nunique()
+        == frames.runs["label"].nunique()
+        == 2
+    )
+
+
+def test_runs_without_any_grid_group_by_their_configs(tmp_path):
+    seeds = [Run("hetero", s, curve(2.4)) for s in (0, 1)]
+    other = Run("hetero", 0, curve(2.6), overrides={"optimizer": {"muon": {"lr": 0.3}}})
+    plain = Run("unconstrained", 0, curve(2.5))
+    frames = load(write_store(tmp_path, [*seeds, other, plain], index={}))
+    runs = frames.runs.set_index("run_id")
+    assert frames.grid is None
+    same = runs.loc[[run.run_id for run in seeds], "group"]
+    assert same.nunique() == 1
+    assert runs.loc[other.run_id, "group"] != same.iloc[0]
+    assert runs.loc[other.run_id, "label"] != runs.loc[seeds[0].run_id, "label"]
+    # A seed's partner has the same config but for arm and assignment.
+    assert runs.loc[plain.run_id, "family"] == runs.loc[seeds[0].run_id, "family"]
+
+
+def test_axes_are_columns_and_numbers_stay_numbers(tmp_path):
+    lr, how = "optimizer.muon.lr", "optimizer.muon.retraction"
+    runs = [
+        Run(
+            "hetero",
+            0,
+            curve(2.4),
+            overrides={"optimizer": {"muon": {"lr": v, "retraction": r}}},
+            axes={lr: v, how: r},
+        )
+        for v in (0.3, 1.0)
+        for r in ("svd_sorted", "column_norm")
+    ]
+    frames = load(write_store(tmp_path, runs, index=grid_index(runs, axes=[lr, how])))
+    assert frames.axes == (lr, how)
+    assert str(frames.runs[lr].dtype) == "float64"
+    assert frames.runs[lr].tolist() == [0.3, 0.3, 1.0, 1.0]
+    assert str(frames.runs[how].dtype) == "string"
+    assert frames.runs["label"].tolist()[0] == "hetero · lr=0.3 · retraction=svd_sorted"
+
+
+def test_one_run_may_fill_several_cells(tmp_path):
+    run = Run("unconstrained", 0, curve(2.4))
+    index = grid_index([run, run], axes=["optimizer.muon.retraction"])
+    for cell, value in zip(index["cells"], ("svd_sorted", "column_norm"), strict=True):
+        cell["axes"] = {"optimizer.muon.retraction": value}
+    frames = load(write_store(tmp_path, [run], index=index))
+    assert frames.runs["run_id"].tolist() == [run.run_id] * 2
+    assert len(frames.evals) == 13
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_empty_store_is_named_with_the_fix(tmp_path, exists):
+    root = tmp_path / "results"
+    if exists:
+        root.mkdir()
+    with pytest.raises(InputError) as caught:
+        load(str(root))
+    assert str(caught.value) == f"{root}: no runs here; launch a grid into this store or check its path"
+
+
+def test_an_unknown_grid_gets_the_nearest_name(tmp_path):
+    store = write_store(tmp_path, paper_like()[:1])
+    with pytest.raises(InputError, match=r'no grid "quikstart" \(did you mean "quickstart"\?\)$'):
+        load(store, grid="quikstart")
+    alone = write_store(tmp_path / "no-grid", paper_like()[:1], index={})
+    with pytest.raises(InputError, match="holds no grid at all"):
+        load(alone, grid="quickstart")
+
+
+@pytest.mark.parametrize("change", [{"cells": [{"run_id": "../../etc"}]}, {"arms": None}, {"cells": 3}])
+def test_a_broken_grid_index_is_an_input_error(tmp_path, change):
+    run = Run("hetero", 0, curve(2.4))
+    store = write_store(tmp_path, [run], index=grid_index([run]) | change)
+    with pytest.raises(InputError, match=r"grids/quickstart\.json: not a grid index"):
+        load(store)
+
+
+def test_a_config_of_another_version_is_named_and_the_run_still_shown(tmp_path):
+    run = Run("hetero", 0, curve(2.4))
+    store = write_store(tmp_path, [run])
+    config = store.config(run.run_id)
+    config["config"]["warp_drive"] = True
+    store.put_config(run.run_id, config)
+    frames = load(store)
+    assert frames.runs["status"].tolist() == ["completed"]
+    assert frames.runs["unstable"].isna().all()
+    assert "config.json is not of this version (warp_drive" in frames.notes[0]
+
+
+def test_several_grids_keep_their_cells_apart(tmp_path):
+    run = Run("hetero", 0, curve(2.4))
+    store = write_store(tmp_path, [run])
+    store.put_grid("again", "", grid_index([run], name="again"))
+    frames = load(store)
+    assert frames.grid is None
+    assert frames.runs["grid"].tolist() == ["again", "quickstart"]
+    assert frames.runs["label"].nunique() == 2
+    write_run(store, Run("hetero", 1, curve(2.5)), tmp_path / "more")
+    assert len(load(store, grid="again").runs) == 1

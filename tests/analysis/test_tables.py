@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+
+import pandas as pd
+import pytest
+from synthetic import ARMS, Run, curve, grid_index, paper_like, write_run, write_store
+
+from analysis.load import load
+from analysis.tables import t1, t1_text, to_csv
+
+
+def flat(final, n=13):
+    return [5.0] + [final] * (n - 1)
+
+
+def row(table, arm):
+    return table[table["arm"] == arm].iloc[0]
+
+
+def test_t1_by_hand(tmp_path):
+    runs = [Run("unconstrained", s, flat(v), attn_sigma=7.0) for s, v in enumerate((2.1, 2.3, 2.5))]
+    runs += [Run("hetero", s, flat(v)) for s, v in enumerate((2.0, 2.1, 2.4))]
+    table = t1(load(write_store(tmp_path, runs)))
+    hetero = row(table, "hetero")
+    assert (hetero["attn"], hetero["mlp"], hetero["n_finished"], hetero["n_planned"]) == (
+        "stiefel",
+        "dgram",
+        3,
+        3,
+    )
+    # Mean 6.5/3; sum of squared deviations .086667; median 2.1.
+    assert hetero["final_mean"] == pytest.approx(2.1666667)
+    assert hetero["final_sd"] == pytest.approx(math.sqrt(0.0866667 / 2), rel=1e-6)
+    assert hetero["final_median"] == hetero["best_median"] == 2.1
+    # Differences -.1, -.2, -.1: standard error .0333333, t(.975, 2) = 4.3026527.
+    assert hetero["minus_unconstrained"] == pytest.approx(-0.4 / 3)
+    assert hetero["minus_unconstrained_low"] == pytest.approx(-0.2767551)
+    assert hetero["minus_unconstrained_high"] == pytest.approx(0.0100884, abs=1e-7)
+    assert hetero["minus_unconstrained_pairs"] == 3
+    assert (hetero["n_unstable"], hetero["n_judged"], hetero["unstable_low"]) == (0, 3, 0)
+    assert hetero["unstable_high"] == pytest.approx(1 - 0.025 ** (1 / 3))
+    assert (hetero["attn_sigma_max"], hetero["rank"]) == (1.0, 1)
+    plain = row(table, "unconstrained")
+    assert (plain["attn_sigma_max"], plain["rank"], plain["minus_unconstrained_pairs"]) == (7.0, 2, 0)
+    assert "minus_all_stiefel" not in table
+
+
+def test_pairs_are_matched_by_seed_and_incomplete_or_diverged_ones_left_out(tmp_path):
+    runs = [Run("unconstrained", s, flat(v)) for s, v in ((0, 2.0), (1, 3.0), (2, 2.5), (4, 2.5))]
+    runs += [Run("hetero", s, flat(v)) for s, v in ((1, 2.8), (0, 1.9), (3, 2.0))]
+    runs += [
+        Run("hetero", 2, [5.0, math.nan], status="diverged"),
+        Run("hetero", 4, flat(1.0)[:3], status="running"),
+    ]
+    hetero = row(t1(load(write_store(tmp_path, runs))), "hetero")
+    assert hetero["minus_unconstrained_pairs"] == 2
+    assert hetero["minus_unconstrained"] == pytest.approx((-0.1 - 0.2) / 2)
+
+
+def test_a_diverged_run_is_infinite_in_median_and_rank_and_absent_from_the_conditional_mean(tmp_path):
+    runs = [Run("hetero", 0, flat(2.0)), Run("hetero", 1, [5.0, 2.0, math.nan], status="diverged")]
+    runs += [Run("hetero", 2, [5.0, 2.5, 2.4], status="diverged"), Run("unconstrained", 0, flat(4.9))]
+    frames = load(write_store(tmp_path, runs))
+    table = t1(frames)
+    hetero = row(table, "hetero")
+    assert hetero["final_median"] == hetero["final_mean"] == math.inf
+    assert math.isnan(hetero["final_sd"])
+    assert (hetero["n_diverged"], hetero["n_finished"]) == (2, 3)
+    assert (hetero["rank"], row(table, "unconstrained")["rank"]) == (2, 1)
+    text = t1_text(frames, table)
+    assert "diverged" in text.rows[0]
+    assert "mean of stable runs (conditional)" in text.columns
+
+
+def test_failed_and_running_runs_are_no_evidence_about_stability(tmp_path):
+    runs = [Run("hetero", 0, flat(2.0)), Run("hetero", 1, [3.0] * 5 + [9.0], status="failed")]
+    runs += [Run("hetero", 2, [3.0] * 5 + [9.0], status="running")]
+    hetero = row(t1(load(write_store(tmp_path, runs))), "hetero")
+    assert (hetero["n_unstable"], hetero["n_judged"], hetero["n_finished"], hetero["n_planned"]) == (
+        0,
+        1,
+        1,
+        3,
+    )
+
+
+def test_axis_cells_are_rows_and_pair_within_their_cell(tmp_path):
+    lr = "optimizer.muon.lr"
+    runs = [
+        Run(arm, 0, flat(final), overrides={"optimizer": {"muon": {"lr": value}}}, axes={lr: value})
+        for arm, final in (("unconstrained", 2.0), ("hetero", 1.5))
+        for value, final in ((0.3, final), (1.0, 2 * final))
+    ]
+    table = t1(load(write_store(tmp_path, runs, index=grid_index(runs, axes=[lr]))))
+    assert table[["arm", lr]].to_numpy().tolist() == [
+        [a, v] for a in ("unconstrained", "hetero") for v in (0.3, 1.0)
+    ]
+    assert table["minus_unconstrained"].tolist()[2:] == [-0.5, -1.0]
+    assert table["rank"].tolist() == [2, 4, 1, 3]
+
+
+def paper_preset(arm, **model):
+    steps = {"steps": 50_000, "warmup_steps": 1000, "batch_size": 64}
+    size = {"n_layer": 12, "n_head": 12, "d_model": 768, "context": 1024, "vocab_size": 50304} | model
+    return Run(
+        arm, 0, [10.8, 3.5, 3.4], steps=50_000, every=25_000, overrides={"model": size, "schedule": steps}
+    )
+
+
+def test_published_losses_stand_only_beside_the_papers_preset(tmp_path, paper_frames):
+    table = t1(load(write_store(tmp_path / "paper", [paper_preset(arm) for arm in ARMS])))
+    assert table["published"].tolist() == ["3.3855", "3.3679", "unstable", "3.3544", "unstable"]
+    narrow = load(
+        write_store(tmp_path / "narrow", [paper_preset("hetero"), paper_preset("all_dgram", d_model=384)])
+    )
+    assert "published" not in t1(narrow)
+    assert "published" not in t1(paper_frames)
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [Run("hetero", 0, [], status="pending")],
+        [Run("hetero", 0, curve(2.4))],
+        [Run("all_dgram", s, [5.5, math.nan], status="diverged") for s in (0, 1)],
+    ],
+    ids=["nothing yet", "one run", "all diverged"],
+)
+def test_t1_is_whole_where_there_is_little(tmp_path, runs, paper_frames):
+    frames = load(write_store(tmp_path, runs))
+    table = t1(frames)
+    full = t1(paper_frames)
+    assert list(table.columns) == [c for c in full.columns if not re.match(r"minus_", c)]
+    assert len(t1_text(frames, table).rows) == 1
+    assert not any("nan" in cell for cell in t1_text(frames, table).rows[0])
+
+
+def test_csv_of_the_same_numbers_is_the_same_bytes(tmp_path):
+    runs = paper_like()[4:8]
+    first = write_store(tmp_path / "a", runs)
+    # The other store was filled in another order, and one of its runs in another attempt.
+    other = write_store(tmp_path / "b", [], index=grid_index(runs))
+    for run in reversed(runs):
+        write_run(other, run, tmp_path / "b" / "scratch" / run.run_id)
+    assert to_csv(t1(load(first))) == to_csv(t1(load(other)))
+
+
+def test_csv_reads_back_as_the_same_numbers(paper_frames):
+    table = t1(paper_frames)
+    back = pd.read_csv(io.StringIO(to_csv(table)))
+    assert list(back.columns) == list(table.columns)
+    for name in table.columns:
+        if str(table[name].dtype).startswith(("float", "int", "Int")):
+            assert back[name].tolist() == pytest.approx(
+                table[name].astype(float).tolist(), abs=5e-7, nan_ok=True
+            )
+
+
+def test_csv_cells_that_a_spreadsheet_would_run_get_a_quote_and_numbers_do_not():
+    words = ["=1+1", "+1", "-1", "@cmd", "plain, with comma"]
+    numbers = [-0.5, math.inf, -math.inf, math.nan, 1.0]
+    rows = list(
+        csv.reader(io.StringIO(to_csv(pd.DataFrame({"=head": words, "x": numbers, "n": [-1, 0, 1, 2, 3]}))))
+    )
+    assert rows[0] == ["'=head", "x", "n"]
+    assert [r[0] for r in rows[1:]] == ["'=1+1", "'+1", "'-1", "'@cmd", "plain, with comma"]
+    assert [r[1] for r in rows[1:]] == ["-0.500000", "inf", "-inf", "", "1.000000"]
+    assert rows[1][2] == "-1"
+
+
+def test_text_marks_the_predeclared_contrasts_alone(paper_frames):
+    text = t1_text(paper_frames, t1(paper_frames))
+    marked = {
+        (r[0], c) for r in text.rows for c, cell in zip(text.columns, r, strict=True) if cell.endswith("*")
+    }
+    assert marked == {("hetero", "− unconstrained"), ("hetero", "− all_stiefel")}
