@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from trainers.config import ModelConfig, RunConfig
 
-RETRACTION_MSIGN_STEPS = {"stiefel": 10, "dgram": 14, "oblique": 0, "none": 0}
+RETRACTION_STEPS = {"stiefel": 4, "dgram": 14, "oblique": 0, "none": 0}
+"""Polar iterations of a retraction; `stiefel` starts near its manifold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def direction_flops(m: int, n: int, manifold: str, run: RunConfig) -> float:
         solve = gram + muon.dual_steps * (one + 2 * gram)
     else:
         solve = one + 2 * gram + (4 * gram if muon.polish else 0.0)
-    return solve + msign_flops(m, n, RETRACTION_MSIGN_STEPS[manifold])
+    return solve + msign_flops(m, n, RETRACTION_STEPS[manifold])
 
 
 def optimizer_step_flops(run: RunConfig) -> float:

@@ -103,7 +103,9 @@ class ManifoldMuon(torch.optim.Optimizer):
         A = solve(W, G, manifold, solver=group["solver"], **self.solve_options)
         if group["weight_decay"]:
             W = W * (1 - lr * group["weight_decay"])
-        W = retract(W - lr * A, manifold, method=group["retraction"])
+        # ‖A‖₂ <= 1, with a percent for rounding; W has norm 1 where the radius is read.
+        radius = 1.01 * lr + lr * group["weight_decay"]
+        W = retract(W - lr * A, manifold, method=group["retraction"], radius=radius)
         _unstack(W, batch)
 
     def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:

@@ -5,7 +5,7 @@ import re
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from trainers.config import RUN_ID, RunConfig, run_id, science
+from trainers.config import RUN_ID, RunConfig, run_id
 
 DIGEST = "sha256:" + "0" * 64
 

@@ -23,6 +23,7 @@ from trainers.manifold import (
     tangent_project,
 )
 from trainers.manifold.manifolds import svd_sorted_without_svd
+from trainers.manifold.msign import _steps_from, polar_near
 
 CONSTRAINED = ("stiefel", "dgram", "oblique")
 SHAPES = {"tall": (24, 10), "wide": (10, 24), "square": (12, 12)}
@@ -101,6 +102,18 @@ def test_msign_keeps_zero_and_null_directions():
     sigma = torch.linalg.svdvals(msign(rank_one))
     assert sigma[0] == pytest.approx(1, abs=1e-9)
     assert sigma[1:].max() < 1e-6
+
+
+@pytest.mark.parametrize("radius", [0.0, 1e-4, 0.02, 0.3, 0.55, 0.9, 1.5])
+def test_polar_near_is_the_polar_factor_over_its_whole_range(radius):
+    U, V = torch.linalg.qr(gaussian(40, 20)).Q, torch.linalg.qr(gaussian(20, 20, seed=1)).Q
+    sigma = torch.linspace(max(1 - radius, 0.01), 1 + radius, 20, dtype=torch.float64)
+    assert torch.allclose(polar_near(U * sigma @ V.mT, radius), U @ V.mT, atol=1e-6)
+
+
+def test_polar_near_takes_no_more_steps_than_it_needs():
+    assert [_steps_from(r) for r in (0.0, 2e-3, 0.02, 0.3)] == [0, 1, 2, 3]
+    assert _steps_from(0.9) is None
 
 
 def test_msign_confines_nan_to_its_matrix():

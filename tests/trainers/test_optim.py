@@ -198,3 +198,16 @@ def test_the_schedule_is_nanogpt_s():
     assert lr_factor(1000, schedule) == 1.0
     assert lr_factor(25_500, schedule) == pytest.approx(0.55)
     assert 6e-4 * lr_factor(50_000, schedule) == pytest.approx(6e-5)
+
+
+@pytest.mark.parametrize("lr", [1e-3, 0.02, 0.3, 1.0])
+def test_stiefel_stays_on_its_manifold_over_a_thousand_float32_steps(lr):
+    """Gradients that always pull the same way are the worst for drift."""
+    W = nn.Parameter(gaussian(24, 12).float())
+    optimizer = ManifoldMuon([W], lr=lr, manifold="stiefel")
+    optimizer.retract_()
+    pull = gaussian(24, 12, seed=1).float()
+    for k in range(1000):
+        W.grad = pull + 0.1 * gaussian(24, 12, seed=k).float()
+        optimizer.step()
+    assert distance(W.detach().double(), "stiefel") < 5e-4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ _POLAR_EXPRESS = (
 )
 _SAFETY = 1.01  # the paper's margin for rounding, on all triples but the last and on the norm
 _TINY = 1e-7  # keeps a zero matrix finite
+
+_LIMIT = _POLAR_EXPRESS[-1]  # p(1 + e) = 1 + O(e³): what to iterate once singular values are near 1
 
 POLAR_EXPRESS_STEPS = 10
 """Steps of the published Manifold Muon code."""
@@ -50,11 +54,41 @@ def msign(
     Y = (X.mT if wide else X).to(dtype or X.dtype)
     norm = Y.norm(dim=(-2, -1), keepdim=True)
     Y = Y / (norm * _SAFETY + _TINY * (norm == 0))
-    batch = Y.shape[:-2]
-    Y = Y.reshape(-1, *Y.shape[-2:])
-    for a, b, c in polar_express_coefficients(steps):
-        gram = Y.mT @ Y
-        # Y (a I + b K + c K²), K = YᵀY: two small products and one tall one.
-        Y = torch.baddbmm(Y, Y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), beta=a)
-    Y = Y.reshape(*batch, *Y.shape[-2:]).to(X.dtype)
+    Y = _iterate(Y, polar_express_coefficients(steps)).to(X.dtype)
     return Y.mT if wide else Y
+
+
+def polar_near(
+    X: Tensor,  # (..., m, n), m >= n
+    radius: float,
+) -> Tensor:  # (..., m, n)
+    """Polar factor of an X with all singular values in [1 - radius, 1 + radius].
+
+    Takes as many Newton-Schulz steps as the ends of that interval need to come within 1e-7 of 1,
+    which is two to four for the steps of an optimizer; a radius they do not converge from falls
+    back on `msign`.
+    """
+    steps = _steps_from(radius)
+    return msign(X) if steps is None else _iterate(X, [_LIMIT] * steps)
+
+
+def _steps_from(radius: float) -> int | None:
+    if radius > 0.5:  # the iteration diverges from 1.53 up
+        return None
+    a, b, c = _LIMIT
+    low, high = 1 - radius, 1 + radius
+    for steps in range(POLAR_EXPRESS_STEPS):
+        if max(abs(1 - low), abs(1 - high)) < 1e-7:
+            return steps
+        low, high = (x * (a + b * x**2 + c * x**4) for x in (low, high))
+    return None
+
+
+def _iterate(Y: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """`Y <- a Y + b Y K + c Y K²` with K = YᵀY, for each triple; Y tall."""
+    shape = Y.shape
+    Y = Y.reshape(-1, *shape[-2:])
+    for a, b, c in coefficients:
+        gram = Y.mT @ Y
+        Y = torch.baddbmm(Y, Y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), beta=a)
+    return Y.reshape(shape)

@@ -1,0 +1,357 @@
+"""Whole sweeps, as a user starts them: real Ray, real workers, real stores, and what can go wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mmsweep.store import RunStore, open_store
+from trainers import records
+
+BAD_GRIDS = Path(__file__).parent / "bad_grids"
+STEPS = 12
+
+TINY = f"""
+name: tiny
+seeds: [1, 2]
+arms:
+  hetero: {{attn: stiefel, mlp: dgram}}
+  plain: {{attn: none, mlp: none}}
+base:
+  data: {{source: text, path: TEXTS}}
+  model: {{n_layer: 1, n_head: 2, d_model: 16, context: 16, vocab_size: 256}}
+  optimizer: {{muon: {{lr: 0.1, solver: projected}}}}
+  schedule: {{steps: {STEPS}, warmup_steps: 2, batch_size: 8}}
+  evaluation: {{every: 4, batches: 2}}
+  runtime: {{checkpoint_every: 4}}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MMSWEEP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        environment.setenv("PYTHONPATH", str(Path.cwd()))
+        yield
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(20):
+        (folder / f"{number}.txt").write_text(f"line {number} of a small corpus\n" * 40)
+    return f"{folder}/*.txt"
+
+
+@pytest.fixture
+def grid(tmp_path, texts) -> Callable[..., Path]:
+    def write(**changes: str) -> Path:
+        text = TINY.replace("TEXTS", texts)
+        for old, new in changes.items():
+            assert old in text
+            text = text.replace(old, new)
+        path = tmp_path / "tiny.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, texts) -> tuple[RunStore, str]:
+    """The store of a launch that nothing happened to, and what it printed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "tiny.yaml").write_text(TINY.replace("TEXTS", texts))
+    done = launch(folder / "tiny.yaml", folder / "store")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return open_store(str(folder / "store")), done.stdout
+
+
+def command(grid: Path, store: Path | str, *options: str) -> list[str]:
+    return [sys.executable, "-m", "mmsweep.launch", str(grid), "--store", str(store), *options]
+
+
+def launch(grid: Path, store: Path | str, *options: str) -> subprocess.CompletedProcess[str]:
+    where = Path(str(grid)).parent
+    return subprocess.run(
+        command(grid, store, *options), capture_output=True, text=True, timeout=240, cwd=where
+    )
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+def processes(*words: str) -> list[psutil.Process]:
+    """Processes of these tests (known by their cache) with all of `words` in the command line."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            ours = process.environ().get("MMSWEEP_CACHE") == os.environ["MMSWEEP_CACHE"]
+            if ours and all(word in " ".join(process.cmdline()) for word in words):
+                found.append(process)
+    return found
+
+
+def losses(store: RunStore) -> dict[str, list[float]]:
+    """Losses by run; every step is there once, in order."""
+    found = {}
+    for run_id in store.run_ids():
+        table = store.table(run_id, "steps").to_pydict()
+        assert table["step"] == list(range(1, STEPS + 1)), run_id
+        found[run_id] = table["loss"]
+    return found
+
+
+def table_1(store: RunStore, tmp_path: Path) -> bytes:
+    out = tmp_path / f"report-{len(list(tmp_path.iterdir()))}"
+    subprocess.run([sys.executable, "-m", "mmsweep.report", store.url, "--out", str(out)], check=True)
+    return (out / "tables" / "t1.csv").read_bytes()
+
+
+def test_a_grid_becomes_finished_runs_and_a_report(undisturbed):
+    store, printed = undisturbed
+    assert "tiny: 4 runs, 0 done, 4 to train" in printed
+    assert "4 of 4 runs done" in printed
+    assert printed.rstrip().endswith("report/index.html")
+    assert len(losses(store)) == 4
+    for run_id in store.run_ids():
+        summary = store.summary(run_id)
+        assert summary["status"] == records.COMPLETED
+        assert summary["rows"] == {"steps": STEPS, "evals": 4, "spectra": 4 * 4}
+        assert store.config(run_id)["provenance"]["packages"]["torch"]
+        assert store.status(run_id)["status"] == records.COMPLETED
+    assert [cell["seed"] for cell in store.grid_index("tiny")["cells"]] == [1, 1, 2, 2]
+
+
+def test_tune_adds_no_noise(undisturbed):
+    _, printed = undisturbed
+    lines = printed.splitlines()
+    assert lines[0].startswith("tiny: 4 runs")
+    ours = ("[", "4 of 4 runs")
+    table = next(i for i, line in enumerate(lines) if line.startswith("arm "))
+    assert all(line.startswith(ours) for line in lines[1:table])
+
+
+def test_a_relaunch_trains_nothing_and_still_reports(undisturbed, grid):
+    store, _ = undisturbed
+    before = {run_id: store.summary(run_id) for run_id in store.run_ids()}
+    again = launch(grid(), store.url)
+    assert again.returncode == 0
+    assert "all 4 runs are in" in again.stdout
+    assert again.stdout.rstrip().endswith("report/index.html")
+    assert {run_id: store.summary(run_id) for run_id in store.run_ids()} == before
+
+
+def test_a_grown_grid_trains_the_difference(undisturbed, grid, tmp_path):
+    store, _ = undisturbed
+    grown = grid(**{"seeds: [1, 2]": "seeds: [1, 2, 3]"})
+    planned = launch(grown, store.url, "--dry-run")
+    assert planned.returncode == 0
+    assert "6 runs (6 cells), 4 done" in planned.stdout
+    assert "2 to train" in planned.stdout
+
+
+def test_status_tells_where_every_run_stands(undisturbed):
+    store, _ = undisturbed
+    done = subprocess.run([sys.executable, "-m", "mmsweep.status", store.url], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.count(f"completed  {STEPS}/{STEPS}") == 4
+    assert "4 completed" in done.stdout
+
+
+@pytest.mark.s3
+def test_an_s3_store_gives_the_same_tables(undisturbed, grid, s3_url, tmp_path):
+    store, _ = undisturbed
+    done = launch(grid(), s3_url)
+    assert done.returncode == 0, done.stdout + done.stderr
+    remote = open_store(s3_url)
+    assert losses(remote) == losses(store)
+    assert table_1(remote, tmp_path) == table_1(store, tmp_path)
+
+
+def test_killed_and_stopped_launches_go_on_where_they_were(undisturbed, grid, tmp_path):
+    """SIGKILL to the first driver, Ctrl-C to the second; the third finishes. Nothing is lost or doubled."""
+    expected, _ = undisturbed
+    same = grid()
+    where = tmp_path / "store"
+    store = open_store(str(where))
+
+    first = subprocess.Popen(command(same, where), stdout=subprocess.DEVNULL, cwd=tmp_path)
+    wait_for(lambda: _parts(where) >= 2, "the first records in the store")
+    first.kill()
+    first.wait()
+    wait_for(lambda: not processes("mmsweep.agent") and not processes("trainers.train"), "orphans to end")
+
+    second = subprocess.Popen(
+        command(same, where), stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True
+    )
+    wait_for(lambda: len(processes("trainers.train")) > 0, "workers of the second launch")
+    os.killpg(second.pid, signal.SIGINT)  # as a terminal does it
+    printed, _ = second.communicate(timeout=90)
+    assert second.returncode == (0 if len(_finished(store)) == 4 else 1)
+    if second.returncode:
+        assert "the same command goes on from here" in printed
+    wait_for(lambda: not processes("mmsweep.agent") and not processes("trainers.train"), "orphans to end")
+
+    third = launch(same, where)
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert losses(store) == losses(expected)
+    assert table_1(store, tmp_path) == table_1(expected, tmp_path)
+    assert all(store.conflicts(run_id) == [] for run_id in store.run_ids())
+    assert max(store.summary(run_id)["attempts"] for run_id in store.run_ids()) >= 2
+
+
+def _parts(where: Path) -> int:
+    return len(list(where.glob("runs/*/attempt-*/*.jsonl")))
+
+
+def _finished(store: RunStore) -> list[str]:
+    return [run_id for run_id in store.run_ids() if store.summary(run_id)]
+
+
+def test_a_failing_run_never_stops_the_others_and_a_killed_worker_is_tried_again(grid, tmp_path):
+    broken = grid(
+        **{
+            "seeds: [1, 2]": "seeds: [1]",
+            "  plain:": "  broken: {runtime: {device: cuda}}\n  plain:",
+            "steps: 12": "steps: 600",
+            "every: 4": "every: 300",
+            "checkpoint_every: 300": "checkpoint_every: 4",
+            "name: tiny": "name: tiny\nresources: {max_failures: 1}",
+        }
+    )
+    where = tmp_path / "store"
+    running = subprocess.Popen(
+        command(broken, where), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
+    )
+    victims: list[psutil.Process] = []
+
+    def killed() -> bool:
+        victims.extend(processes("trainers.train", "hetero-s1"))
+        return bool(victims) and _checkpoints(where, "hetero") > 0
+
+    wait_for(killed, "a checkpoint of the run whose worker is to die")
+    victims[-1].kill()
+    printed, _ = running.communicate(timeout=240)
+    assert running.returncode == 1, printed
+    store = open_store(str(where))
+    by_arm = {run_id.split("-")[0]: run_id for run_id in store.run_ids()}
+    assert sorted(r.split("-")[0] for r in _finished(store)) == ["hetero", "plain"]
+    assert store.summary(by_arm["hetero"])["attempts"] == 2
+    failed = store.status(by_arm["broken"])
+    assert failed["status"] == records.FAILED
+    assert failed["attempt"] == 2
+    assert "CUDA" in failed["reason"] or "cuda" in failed["reason"] or "NVIDIA" in failed["reason"]
+    assert f"{by_arm['broken']}: failed at step 0" in printed
+    assert "2 of 3 runs done" in printed
+    told = subprocess.run(
+        [sys.executable, "-m", "mmsweep.status", str(where)], capture_output=True, text=True
+    )
+    assert told.returncode == 1
+    assert f"  {by_arm['broken']} | " in told.stdout  # the last lines of its log
+
+
+def _checkpoints(where: Path, arm: str) -> int:
+    return len(list(where.glob(f"runs/{arm}-*/checkpoints/*/manifest.json")))
+
+
+def test_two_workers_a_trial_give_the_same_losses(undisturbed, grid, tmp_path):
+    expected, _ = undisturbed
+    done = launch(
+        grid(**{"name: tiny": "name: tiny\nresources: {workers: 2, cpus_per_worker: 0.5}"}), tmp_path / "s"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    store = open_store(str(tmp_path / "s"))
+    for run_id, values in losses(store).items():
+        assert values == pytest.approx(losses(expected)[run_id], abs=2e-5)
+        assert store.config(run_id)["provenance"]["world_size"] == 2
+
+
+def test_more_than_the_machine_has_is_refused(grid, tmp_path):
+    done = launch(grid(**{"name: tiny": "name: tiny\nresources: {gpus_per_worker: 1}"}), tmp_path / "s")
+    if done.returncode == 0:
+        pytest.skip("this machine has a GPU")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "a run of this grid needs 1 GPUs and this machine has 0; "
+        "change resources in the grid, or name a cluster with --address"
+    ]
+
+
+# --- planning ------------------------------------------------------------------------------------
+
+
+def test_the_paper_s_grid_is_25_runs_of_gpt2_small(tmp_path):
+    done = launch(Path("paper"), tmp_path / "s", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "paper: 25 runs (25 cells), 0 done" in done.stdout
+    assert done.stdout.count("124 M") == 25
+    assert done.stdout.count("50,000 x 65,536") == 25
+    assert "a step takes 56 TFLOP for the model" in done.stdout
+
+
+def test_the_retune_grid_is_120_runs(tmp_path):
+    done = launch(Path("retune_dgram_attention"), tmp_path / "s", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "retune_dgram_attention: 120 runs (120 cells), 0 done" in done.stdout
+
+
+def test_every_bad_grid_exits_2_before_ray_starts(tmp_path):
+    """All of them in one process, which at its end has not imported ray."""
+    grids = sorted(str(path) for path in BAD_GRIDS.glob("*.yaml"))
+    assert len(grids) >= 30
+    code = (
+        "import json, sys\n"
+        "from mmsweep.launch import main\n"
+        "codes = [main([grid, '--store', sys.argv[1]]) for grid in sys.argv[2:]]\n"
+        "print(json.dumps([codes, 'ray' in sys.modules, 'torch' in sys.modules]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "store"), *grids],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    codes, ray_imported, torch_imported = json.loads(done.stdout)
+    assert codes == [2] * len(grids)
+    assert not ray_imported
+    assert not torch_imported
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.yaml"], "nothing.yaml"),
+        (["quickstart", "--store", "ftp://x"], "ftp:// is not supported"),
+        (["quickstart", "--address", "192.0.2.1:6379"], "refusing '192.0.2.1:6379'"),
+    ],
+)
+def test_bad_arguments_are_one_line(tmp_path, arguments, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "mmsweep.launch", *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_unknown_command_suggests_the_right_one():
+    done = subprocess.run([sys.executable, "-m", "mmsweep", "lunch"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == 'mmsweep: unknown command "lunch" (did you mean "launch"?)\n'
