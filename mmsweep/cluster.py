@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from trainers.errors import InputError
 
 # Ray's own defaults are for notebooks: these keep it quiet, keep our working directory, let an
-# autoscaler see the whole grid, and give training the priority of any other process. They count only if set before ray is imported.
+# autoscaler see the whole grid, and give training the priority of any other process. They count only
+# if set before ray is imported.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",

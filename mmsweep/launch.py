@@ -19,7 +19,7 @@ from mmsweep.agent import STOP_GRACE_S, Job
 from mmsweep.cluster import Capacity, connect
 from mmsweep.grid import Grid, load_grid
 from mmsweep.progress import Board, duration
-from mmsweep.store import DirectoryStore, RunStore, StoreError, open_store
+from mmsweep.store import RunStore, StoreError, open_store
 from trainers import records
 from trainers.config import RunConfig
 from trainers.corpus import identify
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         store = open_store(arguments.store or grid.store)
         if arguments.dry_run:
             return _dry_run(grid, store)
-        return _launch(grid, store, arguments.address)
+        return _launch(grid, store, arguments.address, show=arguments.open)
     except (InputError, StoreError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--store", help='folder or "s3://bucket/prefix", instead of the grid\'s own')
     parser.add_argument("--address", help='Ray cluster: "auto" or host:port (default: this machine alone)')
     parser.add_argument("--dry-run", action="store_true", help="print the runs and what they cost, and stop")
+    parser.add_argument("--open", action="store_true", help="open the report, on a machine with a desktop")
     return parser
 
 
@@ -60,13 +61,13 @@ def _grid_path(given: str) -> Path:
     return shipped if not Path(given).exists() and shipped.is_file() else Path(given)
 
 
-def _launch(grid: Grid, store: RunStore, address: str | None) -> int:
+def _launch(grid: Grid, store: RunStore, address: str | None, *, show: bool) -> int:
     finished = _finished(store, grid)
     missing = {run_id: run for run_id, run in grid.runs.items() if run_id not in finished}
     store.put_grid(grid.name, grid.text, grid.index())
     if not missing:
         print(f"{grid.name}: all {len(grid.runs)} runs are in {store.url}; nothing to train")
-        return _report(store, grid)
+        return _report(store, grid, show=show)
     total = _total(cost(run) for run in missing.values())
     print(
         f"{grid.name}: {len(grid.runs)} runs, {len(finished)} done, {len(missing)} to train "
@@ -83,7 +84,7 @@ def _launch(grid: Grid, store: RunStore, address: str | None) -> int:
             run_all(
                 [_job(run_id, run, store, grid) for run_id, run in missing.items()], grid.resources, board
             )
-    return _end(grid, store, board, begun)
+    return _end(grid, store, board, begun, show=show)
 
 
 def _job(run_id: str, run: RunConfig, store: RunStore, grid: Grid) -> Job:
@@ -113,7 +114,7 @@ def _check_capacity(grid: Grid, capacity: Capacity, address: str | None) -> None
             )
 
 
-def _end(grid: Grid, store: RunStore, board: Board, begun: float) -> int:
+def _end(grid: Grid, store: RunStore, board: Board, begun: float, *, show: bool) -> int:
     stopping = [run_id for run_id, row in board.rows.items() if row.news.status == records.RUNNING]
     if stopping:
         print(f"stopping: {len(stopping)} runs save their state", flush=True)
@@ -128,7 +129,7 @@ def _end(grid: Grid, store: RunStore, board: Board, begun: float) -> int:
     for run_id, news in trouble.items():
         print(f"{run_id}: {news.status} at step {news.step}: {news.reason}")
     if finished:
-        _report(store, grid)
+        _report(store, grid, show=show)
     if len(finished) == len(grid.runs):
         return 0
     print("the same command goes on from here")
@@ -150,14 +151,10 @@ def _wait_until_saved(store: RunStore, run_ids: list[str]) -> None:
     print(f"still saving after {STOP_GRACE_S:.0f} s: {', '.join(run_ids)}", file=sys.stderr)
 
 
-def _report(store: RunStore, grid: Grid) -> int:
+def _report(store: RunStore, grid: Grid, *, show: bool) -> int:
     from mmsweep.report import main as report
 
-    return report([_where(store), "--grid", grid.name])
-
-
-def _where(store: RunStore) -> str:
-    return str(store.objects.root) if isinstance(store.objects, DirectoryStore) else store.url
+    return report([store.url, "--grid", grid.name, *(["--open"] if show else [])])
 
 
 def _finished(store: RunStore, grid: Grid) -> set[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,10 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the report, print T1 and the page's path. Exit status 2 on bad input."""
     arguments = _parser().parse_args(argv)
     try:
-        return _report(arguments.store, arguments.grid, arguments.out)
+        page = _report(arguments.store, arguments.grid, arguments.out)
     except (InputError, StoreError, OSError) as error:
         print(f"mmsweep report: {error}", file=sys.stderr)
         return 2
+    if arguments.open and _on_a_desktop():
+        webbrowser.open(page.absolute().as_uri())
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,10 +39,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, help="folder to write to (default: STORE/report; ./report for s3)"
     )
+    parser.add_argument("--open", action="store_true", help="open the page, on a machine with a desktop")
     return parser
 
 
-def _report(url: str, grid: str | None, out: Path | None) -> int:
+def _on_a_desktop() -> bool:
+    """Somebody is looking: a terminal, and a screen that is not at the far end of it."""
+    screen = sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+    return sys.stdout.isatty() and screen and "SSH_CONNECTION" not in os.environ
+
+
+def _report(url: str, grid: str | None, out: Path | None) -> Path:
     # The one call upward: analysis reads stores, so nothing else here may import it.
     from analysis.load import load
     from analysis.report import write_report
@@ -51,7 +63,7 @@ def _report(url: str, grid: str | None, out: Path | None) -> int:
     page = write_report(frames, out or _default_out(store))
     _print(t1_text(frames, t1(frames), compact=True))
     print(page)
-    return 0
+    return page
 
 
 def _default_out(store: RunStore) -> Path:
