@@ -142,7 +142,7 @@ def _set_up(
     model.to(group.device)
     torch.manual_seed(run.seed * 65_536 + group.rank)  # dropout: its own stream on every rank
     named = classify(model)
-    state = TrainState(model, _optimizers(named, run, group.device), Progress())
+    state = TrainState(model, _optimizers(named, run), Progress())
     identity = {"run_id": name, "data": run.data.digest, "code": code_digest()}
     found, refused = checkpoint.load_newest(run_dir, state, group, identity=identity)
     if not found and "muon" in state.optimizers:
@@ -192,9 +192,7 @@ def _next_attempt(run_dir: Path) -> int:
     return 1 + max(seen, default=0)
 
 
-def _optimizers(
-    named: list[NamedParameter], run: RunConfig, device: torch.device
-) -> dict[str, torch.optim.Optimizer]:
+def _optimizers(named: list[NamedParameter], run: RunConfig) -> dict[str, torch.optim.Optimizer]:
     muon_groups, adamw_groups = optimizer_groups(named, run)
     muon, adamw = run.optimizer.muon, run.optimizer.adamw
     optimizers: dict[str, torch.optim.Optimizer] = {

@@ -124,7 +124,7 @@ def test_missing_data_is_one_line(data, message):
 
 def test_a_corpus_without_validation_says_so(tmp_path):
     (tmp_path / "one.txt").write_text("hello")
-    with pytest.raises(InputError, match="no tokens in the (val|train) split; change data.val_fraction"):
+    with pytest.raises(InputError, match=r"no tokens in the (val|train) split; change data.val_fraction"):
         corpus.prepare(DataConfig(source="text", path="one.txt"))
 
 

@@ -39,10 +39,7 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 def on_manifold(manifold: str, shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
     """Exactly on it: orthonormal columns by QR, times norms where they are free."""
     tall = gaussian(max(shape), min(shape), seed=seed)
-    if manifold == "oblique":
-        W = tall / tall.norm(dim=0)
-    else:
-        W = torch.linalg.qr(tall).Q
+    W = tall / tall.norm(dim=0) if manifold == "oblique" else torch.linalg.qr(tall).Q
     if manifold == "dgram":
         W = W * (0.5 + 2 * torch.rand(min(shape), dtype=torch.float64))
     return W if shape[0] >= shape[1] else W.mT
