@@ -226,13 +226,13 @@ class _Reading:
         evals, steps = self.records["evals"], self.records["steps"]
         if self.run is None or evals.empty:
             return None
-        bad = steps.loc[~steps["loss"].map(math.isfinite), "step"]
+        finite = steps["loss"].map(math.isfinite) & steps["grad_norm"].map(math.isfinite)
+        bad = steps.loc[~finite, "step"]
         verdict = judge(
             list(zip(evals["step"].astype(int).tolist(), evals["val_loss"].tolist(), strict=True)),
             self.run.schedule.steps,
             self.run.stability,
             nonfinite_at=int(bad.min()) if len(bad) else None,
-            ended=self.status in FINISHED,
         )
         said = self.summary.get("verdict")
         if isinstance(said, dict) and bool(said.get("unstable")) != verdict.unstable:
@@ -282,8 +282,9 @@ def _final(reading: _Reading) -> float:
     if reading.status not in FINISHED or (reading.status == COMPLETED and evals.empty):
         return math.nan
     last = float(evals["val_loss"].iloc[-1]) if len(evals) else math.nan
-    ended_early = reading.horizon is not None and reading.step < reading.horizon
-    if (reading.status == DIVERGED and ended_early) or not math.isfinite(last):
+    evaluated = int(evals["step"].iloc[-1]) if len(evals) else 0
+    cut_short = reading.horizon is not None and evaluated < reading.horizon
+    if (reading.status == DIVERGED and cut_short) or not math.isfinite(last):
         return math.inf
     return last
 

@@ -29,6 +29,7 @@ from trainers.config import (
     RunConfig,
     SafeName,
     Section,
+    Seed,
     Whole,
     run_id,
 )
@@ -100,7 +101,7 @@ class GridSpec(Section):
     axes: (
         Annotated[dict[str, Values], Field(min_length=1, examples=["{attn.lr_multiplier: [0.5, 1]}"])] | None
     ) = None
-    seeds: Annotated[list[Whole], Field(min_length=1, examples=["[1337, 1338]"])]
+    seeds: Annotated[list[Seed], Field(min_length=1, examples=["[1337, 1338]"])]
     resources: Resources = Resources()
     stop: Flag = False
     """Stands for `stability.stop`: end a run at its first hard spike."""

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from trainers.corpus import read_shard
 from trainers.errors import InputError
 
-EVALUATION_KEY = 0x6576616C
-"""Key of the evaluation sets ("eval"): the same windows for every seed, arm and cadence."""
+EVALUATION_KEY = 1 << 64
+"""Key of the evaluation sets, above every seed: the same windows for every seed, arm and cadence."""
 
 Windows = npt.NDArray[np.int64]
 
@@ -29,8 +29,10 @@ class Batches:
         InputError: no shard holds a whole window, or a shard is damaged.
     """
 
-    def __init__(self, shards: Sequence[Path], context: int) -> None:
+    def __init__(self, shards: Sequence[Path], context: int, vocab_size: int) -> None:
         self.context = context
+        self.vocab_size = vocab_size
+        self._paths = list(shards)
         self._shards = [read_shard(path) for path in shards]
         starts = [max(0, len(shard) - context) for shard in self._shards]  # starts of whole windows
         self._ends = np.cumsum(starts)
@@ -53,10 +55,18 @@ class Batches:
         return self.read(self.positions(key, step, batch_size)[rank * share : (rank + 1) * share])
 
     def read(self, positions: Windows) -> Windows:
-        """Windows (len(positions), context + 1) at global start positions."""
+        """Windows (len(positions), context + 1) at global start positions.
+
+        Raises:
+            InputError: a token that the model's vocabulary does not have, with its shard.
+        """
         rows = np.empty((len(positions), self.context + 1), np.int64)
         for row, position in zip(rows, positions, strict=True):
             index = int(np.searchsorted(self._ends, position, side="right"))
             start = int(position - (self._ends[index - 1] if index else 0))
             row[:] = self._shards[index][start : start + self.context + 1]
+            if row.max() >= self.vocab_size:
+                raise InputError(
+                    f"{self._paths[index]}: holds token {row.max()}, model.vocab_size is {self.vocab_size}"
+                )
         return rows

@@ -1,7 +1,8 @@
 """Everything a run needs to go on as if it had never stopped, in files that hold no code.
 
-`checkpoints/<step>/`: `model.safetensors`, `optimizer.safetensors`, `rng.safetensors`,
-`state.json`, and `manifest.json` with sizes and digests, written last.
+`checkpoints/<step>/`: `model.safetensors`, `optimizer.safetensors`, `state.json`, and
+`manifest.json` with sizes and digests, written last. There is no generator state in it: batches and
+dropout are functions of (seed, step, rank).
 """
 
 from __future__ import annotations
@@ -42,12 +43,11 @@ class TrainState:
 
 
 def save(run_dir: Path, state: TrainState, group: Group, *, identity: dict[str, Any], keep: int) -> None:
-    """Write the checkpoint of `state.progress.step`; every rank calls it.
+    """Write the checkpoint of `state.progress.step`; every rank may call it.
 
     `identity` (run id, data digest, code version) is stored for `load` to compare. Older
     checkpoints beyond `keep` are deleted afterwards.
     """
-    rng = group.gather_bytes(_rng_state(group.device))
     if not group.is_main:
         return
     root = run_dir / CHECKPOINTS
@@ -57,7 +57,6 @@ def save(run_dir: Path, state: TrainState, group: Group, *, identity: dict[str, 
     temporary.mkdir(parents=True)
     save_file(_model_tensors(state.model), temporary / "model.safetensors")
     save_file(_optimizer_tensors(state), temporary / "optimizer.safetensors")
-    save_file({f"rank{r}": t for r, t in enumerate(rng)}, temporary / "rng.safetensors")
     scalars = {"version": CHECKPOINT_VERSION, "world_size": group.world_size, "identity": identity}
     (temporary / "state.json").write_text(dumps({**scalars, "progress": asdict(state.progress)}) + "\n")
     write_manifest(temporary, step=state.progress.step)
@@ -72,11 +71,11 @@ def load_newest(
 ) -> tuple[bool, list[str]]:
     """Restore the newest checkpoint that verifies into `state`; every rank calls it.
 
-    Returns whether one was found, and one line for each that was refused. A refused folder is
-    renamed to `bad-<step>`, never deleted.
+    Returns whether one was found, and remarks: a line for each that was refused, and one if the
+    code has changed since. A refused folder is renamed to `bad-<step>`, never deleted.
     """
     root = run_dir / CHECKPOINTS
-    refused: list[str] = []
+    remarks: list[str] = []
     for step in _steps(root):
         folder = root / checkpoint_name(step)
         try:
@@ -84,18 +83,20 @@ def load_newest(
             facts = json.loads((folder / "state.json").read_text())
             _check_identity(facts, identity, folder)
         except (CorruptError, ValueError, KeyError) as error:
-            refused.append(f"checkpoint of step {step} refused: {error}")
+            remarks.append(f"checkpoint of step {step} refused: {error}")
             continue
-        _restore(folder, facts, state, group)
+        _restore(folder, facts, state)
         break
     else:
         step = -1
     group.barrier()  # nobody renames what another rank still reads
     if group.is_main:
-        for bad in (s for s in _steps(root) if s > step and refused):
+        for bad in (s for s in _steps(root) if s > step):
             (root / checkpoint_name(bad)).rename(root / f"bad-{checkpoint_name(bad)}")
     group.barrier()
-    return step >= 0, refused
+    if step >= 0 and facts["identity"].get("code") != identity["code"]:
+        remarks.append(f"the checkpoint of step {step} was written by another version of the trainer")
+    return step >= 0, remarks
 
 
 def _check_identity(facts: dict[str, Any], identity: dict[str, Any], folder: Path) -> None:
@@ -108,7 +109,7 @@ def _check_identity(facts: dict[str, Any], identity: dict[str, Any], folder: Pat
             )
 
 
-def _restore(folder: Path, facts: dict[str, Any], state: TrainState, group: Group) -> None:
+def _restore(folder: Path, facts: dict[str, Any], state: TrainState) -> None:
     model_tensors = load_file(folder / "model.safetensors")
     named = dict(state.model.named_parameters())
     if set(named) != set(model_tensors):
@@ -125,9 +126,6 @@ def _restore(folder: Path, facts: dict[str, Any], state: TrainState, group: Grou
                 for key, tensor in optimizer_tensors.items()
                 if key.startswith(prefix)
             }
-    saved_rng = load_file(folder / "rng.safetensors")
-    if facts["world_size"] == group.world_size:
-        _set_rng_state(saved_rng[f"rank{group.rank}"], group.device)
     progress = facts["progress"]
     state.progress = Progress(
         step=int(progress["step"]),
@@ -155,20 +153,6 @@ def _optimizer_parameters(
 ) -> list[tuple[str, nn.Parameter]]:
     members = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return [(name, p) for name, p in model.named_parameters() if id(p) in members]
-
-
-def _rng_state(device: torch.device) -> Tensor:
-    state = torch.get_rng_state()
-    if device.type == "cuda":
-        state = torch.cat([state, torch.cuda.get_rng_state(device)])
-    return state
-
-
-def _set_rng_state(saved: Tensor, device: torch.device) -> None:
-    length = len(torch.get_rng_state())
-    torch.set_rng_state(saved[:length])
-    if device.type == "cuda" and len(saved) > length:
-        torch.cuda.set_rng_state(saved[length:], device)
 
 
 def _steps(root: Path) -> list[int]:

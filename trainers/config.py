@@ -26,6 +26,7 @@ Precision = Literal["float32", "bfloat16"]
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Whole = Annotated[int, Field(strict=True, ge=0)]
+Seed = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
@@ -230,7 +231,7 @@ class RunConfig(Section):
     """One training run: an arm with a seed."""
 
     arm: SafeName = "run"
-    seed: Whole = 1337
+    seed: Seed = 1337
     precision: Precision = "float32"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -282,15 +283,17 @@ def science(run: RunConfig) -> dict[str, Any]:
         mode="json", exclude={"arm", "seed", "runtime", "probes", "data", "stability"}, exclude_defaults=True
     )
     fields |= {"schema": SCHEMA_VERSION, "data": run.data.digest, "seed": run.seed}
-    if run.stability.stop:
-        fields["stability"] = run.stability.model_dump(mode="json", exclude_defaults=True)
+    if run.stability.stop:  # of the rules, only a spike ends a run
+        threshold = "spike_loss" if run.stability.style == "paper" else "spike_rise"
+        read = {"stop", "style", "spike_after", threshold}
+        fields["stability"] = run.stability.model_dump(mode="json", include=read, exclude_defaults=True)
     muon = fields.get("optimizer", {}).get("muon", {})
     for key in _unread(run):
         muon.pop(key, None)
     assignment = fields.setdefault("assignment", {})
     for kind, module in (("attn", run.assignment.attn), ("mlp", run.assignment.mlp)):
         assignment.setdefault(kind, {})["weight_decay"] = module_weight_decay(module, run.optimizer)
-    return _without_empty(fields)
+    return _canonical(fields)
 
 
 def _unread(run: RunConfig) -> set[str]:
@@ -311,9 +314,11 @@ def _unread(run: RunConfig) -> set[str]:
     return unread
 
 
-def _without_empty(fields: dict[str, Any]) -> dict[str, Any]:
-    pruned = {k: _without_empty(v) if isinstance(v, dict) else v for k, v in fields.items()}
-    return {k: v for k, v in pruned.items() if v != {}}
+def _canonical(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without empty sections, and with one zero."""
+    plain = {k: _canonical(v) if isinstance(v, dict) else 0.0 if v == 0.0 and isinstance(v, float) else v
+             for k, v in fields.items()}  # fmt: skip
+    return {k: v for k, v in plain.items() if v != {}}
 
 
 def run_id(run: RunConfig) -> str:

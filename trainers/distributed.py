@@ -32,15 +32,6 @@ class Group:
             dist.all_reduce(values)
         return values
 
-    def gather_bytes(self, values: Tensor) -> list[Tensor]:
-        """CPU uint8 tensors of one shape from every rank, in rank order."""
-        if self.world_size == 1:
-            return [values]
-        mine = values.to(self.device)
-        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(parts, mine)
-        return [part.cpu() for part in parts]
-
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

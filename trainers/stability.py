@@ -64,17 +64,15 @@ def judge(
     rules: StabilityConfig,
     *,
     nonfinite_at: int | None = None,
-    ended: bool = True,
 ) -> Verdict:
-    """Apply the four rules.
+    """Apply the four rules. Drift and recovery are judged once the evaluations reach the horizon:
+    a run that is under way or was cut short has not had its chance to recover.
 
     Args:
         evaluations: `(step, validation loss in nats)`, steps ascending.
         horizon: the schedule's optimizer steps.
         rules: thresholds.
-        nonfinite_at: step of the first non-finite training loss, if any.
-        ended: whether the run is over. Drift and recovery can only be judged then; a running
-            sweep is judged on spikes and non-finite losses.
+        nonfinite_at: step of the first non-finite training loss or gradient, if any.
 
     Source: paper 2606.13276, Appendix A, "Instability criterion".
     """
@@ -87,9 +85,8 @@ def judge(
         nonfinite.append(nonfinite_at)
     if nonfinite and (first := min(nonfinite)) <= horizon:
         fired.append(Fired(EARLY_TERMINATION, first, _before(evaluations, first), math.nan, math.inf))
-    finite = [(step, loss) for step, loss in evaluations if math.isfinite(loss)]
-    if ended and finite:
-        fired.extend(_at_the_end(finite, horizon, rules))
+    if evaluations and evaluations[-1][0] >= horizon and not nonfinite:
+        fired.extend(_at_the_end(evaluations, horizon, rules))
     return Verdict(bool(fired), tuple(fired))
 
 
@@ -110,11 +107,13 @@ def _at_the_end(evals: Sequence[tuple[int, float]], horizon: int, rules: Stabili
     window = max(1, round(rules.drift_window * len(evals)))
     tail = [loss for _, loss in evals[-window:]]
     mean = sum(tail) / len(tail)
-    if mean > best + rules.drift_rise and tail[-1] > best:  # a loss that still falls has not departed
-        # Dated at the first evaluation after which the loss stayed above the line.
-        last_good = max((s for s, loss in evals if loss <= best + rules.drift_rise), default=None)
-        step = min((s for s, _ in evals if last_good is None or s > last_good), default=evals[-1][0])
-        fired.append(Fired(PERSISTENT_DRIFT, step, last_good, mean, best + rules.drift_rise))
+    line = best + rules.drift_rise
+    if mean > line and tail[-1] > best:  # a loss that still falls has not departed
+        # Dated at the start of the last stretch above the line.
+        last_bad = max(i for i, (_, loss) in enumerate(evals) if loss > line)
+        first_bad = max((i + 1 for i in range(last_bad) if evals[i][1] <= line), default=0)
+        step = evals[first_bad][0]
+        fired.append(Fired(PERSISTENT_DRIFT, step, _before(evals, step), mean, line))
     last_good = max(s for s, loss in evals if loss <= best + rules.recovery_rise)
     later = [(s, loss) for s, loss in evals if s > last_good]
     if last_good < rules.recovery_by * horizon and later:

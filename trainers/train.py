@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import math
 import os
 import signal
@@ -36,7 +37,7 @@ from trainers.probes.spectra import spectrum_records
 from trainers.provenance import code_digest, provenance
 from trainers.records import EvalRecord, PartWriter, Record, StepRecord, Summary
 from trainers.schedule import lr_factor
-from trainers.stability import HARD_SPIKE, judge
+from trainers.stability import EARLY_TERMINATION, HARD_SPIKE, Fired, judge
 
 EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop and saved its state (EX_TEMPFAIL: run it again)."""
@@ -140,16 +141,15 @@ def _set_up(
     model = GPT2(run.model)
     model.initialize(run.seed)
     model.to(group.device)
-    torch.manual_seed(run.seed * 65_536 + group.rank)  # dropout: its own stream on every rank
     named = classify(model)
     state = TrainState(model, _optimizers(named, run), Progress())
-    identity = {"run_id": name, "data": run.data.digest, "code": code_digest()}
-    found, refused = checkpoint.load_newest(run_dir, state, group, identity=identity)
+    identity = {"run_id": name, "data": tokens.digest, "code": code_digest()}
+    found, remarks = checkpoint.load_newest(run_dir, state, group, identity=identity)
     if not found and "muon" in state.optimizers:
         state.optimizers["muon"].retract_()  # type: ignore[attr-defined]
     forward = _compiled(model, run, group)
     if group.is_main:
-        for line in refused:
+        for line in remarks:
             print(line, file=sys.stderr, flush=True)
         facts = provenance(
             run, group.device, world_size=group.world_size, attempt=attempt, tokens=tokens.digest
@@ -164,8 +164,8 @@ def _set_up(
         named=named,
         forward=forward,
         network=_data_parallel(forward, run, group, micro),
-        train_batches=Batches(tokens.train, run.model.context),
-        val_batches=Batches(tokens.val, run.model.context),
+        train_batches=Batches(tokens.train, run.model.context, run.model.vocab_size),
+        val_batches=Batches(tokens.val, run.model.context, run.model.vocab_size),
         share=share,
         micro=micro,
         log=_Log(PartWriter(run_dir, attempt) if group.is_main else None, listener),
@@ -228,11 +228,10 @@ def _data_parallel(forward: nn.Module, run: RunConfig, group: Group, micro: int)
     # three ranks on. Two passes that are thrown away put that behind us, so that a resumed run and
     # an uninterrupted one add in the same order.
     blank = torch.zeros(micro, run.model.context, dtype=torch.int64, device=group.device)
-    with torch.random.fork_rng(enabled=run.model.dropout > 0):
-        for _ in range(2):
-            with _autocast(run, group):
-                loss = network(blank, blank)
-            loss.backward()
+    for _ in range(2):
+        with _autocast(run, group):
+            loss = network(blank, blank)
+        loss.backward()
     network.zero_grad(set_to_none=True)
     return network
 
@@ -250,23 +249,23 @@ def _loop(work: _Work, should_stop: Callable[[], bool]) -> Summary | None:
     nonfinite_at: int | None = None
     if not progress.evaluations:
         _evaluate(work)
-    spiked = _spiked(work)
-    while progress.step < horizon and not spiked:
+    cut = _cut_short(work)
+    while progress.step < horizon and cut is None:
         finite, stop = _train_step(work, should_stop())
         if not finite:
             nonfinite_at = progress.step
             break
         if progress.step % run.evaluation.every == 0 or progress.step == horizon:
             _evaluate(work)
-            spiked = _spiked(work)
+            cut = _cut_short(work)
         if stop or progress.step % run.runtime.checkpoint_every == 0 or progress.step == horizon:
             _save(work)
         else:
             work.log.commit_if_older(run.runtime.part_seconds)
-        if stop and progress.step < horizon and not spiked:
+        if stop and progress.step < horizon and cut is None:
             return None
     work.log.commit()
-    return _finish(work, nonfinite_at, spiked)
+    return _finish(work, nonfinite_at, cut)
 
 
 def _train_step(work: _Work, wants_stop: bool) -> tuple[bool, bool]:
@@ -280,6 +279,8 @@ def _train_step(work: _Work, wants_stop: bool) -> tuple[bool, bool]:
     rows = work.train_batches.batch(
         run.seed, state.progress.step, run.schedule.batch_size, group.rank, group.world_size
     )
+    if run.model.dropout:
+        torch.manual_seed(_noise_seed(run.seed, state.progress.step, group.rank))
     loss = _forward_backward(work, _to_device(rows, group))
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), run.optimizer.grad_clip)
     # One exchange for both facts, so that all ranks take the same way.
@@ -315,6 +316,11 @@ def _train_step(work: _Work, wants_stop: bool) -> tuple[bool, bool]:
         )
     )
     return finite, stop_votes > 0
+
+
+def _noise_seed(*parts: int) -> int:
+    """Dropout of a step is a function of (seed, step, rank): there is no generator state to save."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def _forward_backward(work: _Work, rows: Tensor) -> Tensor:  # (share, context + 1) -> scalar
@@ -398,26 +404,26 @@ def _val_losses(work: _Work) -> list[tuple[int, float]]:
     return [(step, val) for step, _, val in work.state.progress.evaluations]
 
 
-def _spiked(work: _Work) -> bool:
-    """Whether the run is to be ended for a hard spike, or for a non-finite validation loss."""
-    verdict = judge(_val_losses(work), work.run.schedule.steps, work.run.stability, ended=False)
-    if any(rule.rule != HARD_SPIKE for rule in verdict.rules):
-        return True
-    return work.run.stability.stop and verdict.unstable
+def _cut_short(work: _Work) -> Fired | None:
+    """The rule for which the run is to end now: a non-finite validation loss, or a spike where asked."""
+    run = work.run
+    ending = {EARLY_TERMINATION, HARD_SPIKE} if run.stability.stop else {EARLY_TERMINATION}
+    verdict = judge(_val_losses(work), run.schedule.steps, run.stability)
+    return next((rule for rule in verdict.rules if rule.rule in ending), None)
 
 
-def _finish(work: _Work, nonfinite_at: int | None, spiked: bool) -> Summary | None:
+def _finish(work: _Work, nonfinite_at: int | None, cut: Fired | None) -> Summary:
     run, progress = work.run, work.state.progress
     evaluations = progress.evaluations
-    verdict = judge(
-        _val_losses(work), run.schedule.steps, run.stability, nonfinite_at=nonfinite_at, ended=True
-    )
+    verdict = judge(_val_losses(work), run.schedule.steps, run.stability, nonfinite_at=nonfinite_at)
     if nonfinite_at is not None:
         status, reason = records.DIVERGED, f"loss or gradient not finite at step {nonfinite_at}"
-    elif spiked:
-        status, reason = records.DIVERGED, f"validation loss spiked at step {verdict.first_bad}"
+    elif cut is not None:
+        what = "spiked" if cut.rule == HARD_SPIKE else "not finite"
+        status, reason = records.DIVERGED, f"validation loss {what} at step {cut.step}"
     else:
         status, reason = records.COMPLETED, ""
+    _, final_train, final_val = evaluations[-1] if evaluations[-1][0] == progress.step else (0, None, None)
     finite = [(val, step) for step, _, val in evaluations if math.isfinite(val)]
     best_loss, best_step = min(finite) if finite else (None, None)
     summary = Summary(
@@ -429,8 +435,8 @@ def _finish(work: _Work, nonfinite_at: int | None, spiked: bool) -> Summary | No
         steps=progress.step,
         horizon=run.schedule.steps,
         tokens_seen=progress.tokens_seen,
-        final_val_loss=evaluations[-1][2],
-        final_train_loss=evaluations[-1][1],
+        final_val_loss=final_val,
+        final_train_loss=final_train,
         best_val_loss=best_loss,
         best_step=best_step,
         verdict=verdict.to_dict(),
@@ -485,7 +491,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"stopped; the same command goes on from {run_dir}", file=sys.stderr)
         return EXIT_STOPPED
     if not arguments.quiet and os.environ.get("RANK", "0") == "0":
-        print(f"{summary.status}: validation loss {summary.final_val_loss:.4f}; records in {run_dir}")
+        loss = summary.final_val_loss
+        result = f"validation loss {loss:.4f}" if loss is not None else summary.reason
+        print(f"{summary.status}: {result}; records in {run_dir}")
     return 0
 
 

@@ -616,8 +616,12 @@ def _is_module(node: Mapping[str, Any]) -> bool:
 def _bounds(node: Mapping[str, Any]) -> str:
     words = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most"}
     words["exclusiveMaximum"] = "below"
-    found = [f"{text} {node[key]:g}" for key, text in words.items() if key in node]
+    found = [f"{text} {_number(node[key])}" for key, text in words.items() if key in node]
     return " " + " and ".join(found) if found else ""
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def show(value: Any) -> str:

@@ -106,10 +106,6 @@ DEFAULTS = {
     "stability.spike_after": 0.1,
     "stability.spike_loss": 5.0,
     "stability.spike_rise": 1.0,
-    "stability.drift_window": 0.1,
-    "stability.drift_rise": 0.1,
-    "stability.recovery_rise": 0.05,
-    "stability.recovery_by": 0.8,
 }
 
 
@@ -180,12 +176,8 @@ SCIENCE = {
     "stability.stop": (True, {}),
     "stability.style": ("paper", STOP),
     "stability.spike_after": (0.2, STOP),
-    "stability.spike_loss": (6.0, STOP),
+    "stability.spike_loss": (6.0, {**STOP, "stability.style": "paper"}),
     "stability.spike_rise": (2.0, STOP),
-    "stability.drift_window": (0.2, STOP),
-    "stability.drift_rise": (0.2, STOP),
-    "stability.recovery_rise": (0.1, STOP),
-    "stability.recovery_by": (0.9, STOP),
 }
 
 # Science with only one value so far.
@@ -194,6 +186,10 @@ SINGLE = {"model.family", "optimizer.muon.qkv"}
 # Changing it is the same run. The data counts by its digest alone.
 INFRASTRUCTURE = {
     "arm": ("other", {}),
+    "stability.drift_window": (0.2, STOP),
+    "stability.drift_rise": (0.2, STOP),
+    "stability.recovery_rise": (0.1, STOP),
+    "stability.recovery_by": (0.9, STOP),
     "data.source": ("bin", TEXT_FILE),
     "data.path": ("b.txt", TEXT_FILE),
     "data.dataset": ("c/d", HUB),

@@ -216,20 +216,20 @@ def test_windows_are_consecutive_tokens_of_one_shard(tmp_path_factory, step, key
         corpus.write_shard(
             folder / f"{index}.bin", np.arange(1000 * index, 1000 * index + length, dtype=np.uint16)
         )
-    batches = Batches([folder / f"{index}.bin" for index in range(3)], context)
+    batches = Batches([folder / f"{index}.bin" for index in range(3)], context, 65_536)
     rows = batches.batch(key, step, 6)
     assert rows.shape == (6, context + 1)
     assert (np.diff(rows, axis=1) == 1).all()
 
 
 def test_every_window_can_be_drawn(shards):
-    batches = Batches(shards, 9)
+    batches = Batches(shards, 9, 65_536)
     starts = {int(row[0]) for step in range(300) for row in batches.batch(1, step, 8)}
     assert starts == {*range(41), *range(2000, 2031)}  # 50 - 9 and 40 - 9 windows; the short shard has none
 
 
 def test_batches_are_a_pure_function_of_seed_and_step(shards):
-    one, two = Batches(shards, 9), Batches(shards, 9)
+    one, two = Batches(shards, 9, 65_536), Batches(shards, 9, 65_536)
     two.batch(EVALUATION_KEY, 0, 4)  # evaluation disturbs nothing
     assert np.array_equal(one.batch(1337, 5, 8), two.batch(1337, 5, 8))
     assert not np.array_equal(one.batch(1337, 5, 8), one.batch(1337, 6, 8))
@@ -241,11 +241,23 @@ def test_batches_are_a_pure_function_of_seed_and_step(shards):
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_ranks_share_the_global_batch(shards, world_size):
-    batches = Batches(shards, 9)
+    batches = Batches(shards, 9, 65_536)
     parts = [batches.batch(7, 3, 8, rank, world_size) for rank in range(world_size)]
     assert np.array_equal(np.concatenate(parts), batches.batch(7, 3, 8))
 
 
 def test_a_context_longer_than_every_shard_is_an_error(shards):
     with pytest.raises(InputError, match=r"0\.bin, 1\.bin, 2\.bin hold no window of context 60 \+ 1 tokens"):
-        Batches(shards, 60)
+        Batches(shards, 60, 65_536)
+
+
+def test_a_token_beyond_the_vocabulary_names_its_shard(shards):
+    batches = Batches(shards, 9, 2_030)
+    with pytest.raises(InputError, match=r"2\.bin: holds token 20\d\d, model.vocab_size is 2030"):
+        batches.batch(1, 0, 500)
+
+
+def test_smaller_evaluation_sets_begin_larger_ones(shards):
+    batches = Batches(shards, 9, 65_536)
+    large = batches.positions(EVALUATION_KEY, 0, 64)
+    assert np.array_equal(batches.positions(EVALUATION_KEY, 0, 16), large[:16])

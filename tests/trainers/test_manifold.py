@@ -23,7 +23,7 @@ from trainers.manifold import (
     tangent_project,
 )
 from trainers.manifold.manifolds import svd_sorted_without_svd
-from trainers.manifold.msign import _steps_from, polar_near
+from trainers.manifold.msign import polar_near, steps_from
 
 CONSTRAINED = ("stiefel", "dgram", "oblique")
 SHAPES = {"tall": (24, 10), "wide": (10, 24), "square": (12, 12)}
@@ -101,16 +101,80 @@ def test_msign_keeps_zero_and_null_directions():
     assert sigma[1:].max() < 1e-6
 
 
-@pytest.mark.parametrize("radius", [0.0, 1e-4, 0.02, 0.3, 0.55, 0.9, 1.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_msign_iterates_in_the_precision_it_is_told(dtype):
+    """The result of a half-precision iteration is a half-precision number, whatever X's type."""
+    A = msign(gaussian(24, 10).float(), dtype=dtype)
+    assert A.dtype == torch.float32
+    assert torch.equal(A, A.to(dtype).float())
+    U, _, Vt = torch.linalg.svd(gaussian(24, 10), full_matrices=False)
+    assert (A - U @ Vt).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("radius", [0.0, 1e-4, 0.02, 0.3, 0.5])
 def test_polar_near_is_the_polar_factor_over_its_whole_range(radius):
     U, V = torch.linalg.qr(gaussian(40, 20)).Q, torch.linalg.qr(gaussian(20, 20, seed=1)).Q
-    sigma = torch.linspace(max(1 - radius, 0.01), 1 + radius, 20, dtype=torch.float64)
+    sigma = torch.linspace(1 - radius, 1 + radius, 20, dtype=torch.float64)
     assert torch.allclose(polar_near(U * sigma @ V.mT, radius), U @ V.mT, atol=1e-6)
 
 
 def test_polar_near_takes_no_more_steps_than_it_needs():
-    assert [_steps_from(r) for r in (0.0, 2e-3, 0.02, 0.3)] == [0, 1, 2, 3]
-    assert _steps_from(0.9) is None
+    assert [steps_from(r) for r in (0.0, 1e-4, 0.02, 0.3, 0.5)] == [0, 1, 2, 3, 5]
+    with pytest.raises(ValueError, match=r"above 0\.5"):
+        steps_from(0.6)
+
+
+@pytest.mark.parametrize("radius", [0.3, 0.9, 5.0])
+def test_a_radius_changes_the_cost_of_a_retraction_and_not_its_result(radius):
+    W = on_manifold("stiefel", (12, 8))
+    V = W + radius * msign(gaussian(12, 8, seed=2))
+    assert torch.allclose(retract(V, "stiefel", radius=radius), retract(V, "stiefel"), atol=1e-6)
+
+
+def near_singular(width: int) -> torch.Tensor:
+    """A Gaussian with one planted singular value of 7e-6 of the norm, as a real start has."""
+    U, S, Vt = torch.linalg.svd(gaussian(width, width), full_matrices=False)
+    S[-1] = 7e-6 * S.norm()
+    return (U * S @ Vt).float()
+
+
+def test_a_real_start_lands_on_the_manifold():
+    assert distance(retract(near_singular(768), "stiefel").double(), "stiefel") < 5e-4
+
+
+def test_the_polar_factor_without_svd_is_converged_at_a_real_width():
+    V = near_singular(768)
+    assert torch.allclose(svd_sorted_without_svd(V), retract(V, "dgram"), atol=2e-4 * float(V.norm()))
+    U, _, Vt = torch.linalg.svd(V.double(), full_matrices=False)
+    assert (msign(V, steps=20).double() - U @ Vt).norm() < 0.02
+
+
+def test_column_norm_leaves_columns_of_very_different_norms_alone():
+    W = torch.linalg.qr(gaussian(96, 48)).Q * torch.logspace(-4, 2, 48, dtype=torch.float64)
+    for _ in range(10):
+        moved = retract(W.float(), "dgram", method="column_norm").double()
+        assert torch.allclose(moved.norm(dim=0), W.norm(dim=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("manifold", "way"), WAYS_BACK)
+def test_matrices_without_full_rank_land_on_the_manifold(manifold, way):
+    V = gaussian(24, 8).float()
+    V[:, 3] = V[:, 4]
+    if manifold != "oblique":
+        V[:, 5] = 0
+    W = retract(V, manifold, method=way).double()
+    assert torch.isfinite(W).all()
+    if way != "column_norm":  # its equal columns leave Q a free choice that diag(QᵀV) may undo
+        assert distance(W, manifold) < 1e-4 * (1 + float((W.mT @ W).norm()))
+
+
+@pytest.mark.parametrize(("manifold", "way"), WAYS_BACK)
+def test_retractions_confine_nan_to_its_matrix(manifold, way):
+    V = gaussian(3, 6, 4)
+    V[1, 2, 2] = torch.inf
+    W = retract(V, manifold, method=way)
+    assert not torch.isfinite(W[1]).all()
+    assert torch.allclose(W[[0, 2]], retract(V[[0, 2]], manifold, method=way))
 
 
 def test_msign_confines_nan_to_its_matrix():

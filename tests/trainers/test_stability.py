@@ -44,7 +44,7 @@ def test_the_papers_stable_arms_never_fire(rules, final):
     curve = paper_curve(final)
     assert not judge(curve, HORIZON, rules).unstable
     for end in range(1, len(curve)):
-        assert not judge(curve[:end], HORIZON, rules, ended=False).unstable
+        assert not judge(curve[:end], HORIZON, rules).unstable
 
 
 @pytest.mark.parametrize("rules", STYLES, ids=["paper", "scale_free"])
@@ -62,7 +62,7 @@ def test_the_papers_unstable_arms_fire_at_their_first_bad_evaluation(rules, at, 
 def test_drift_and_recovery_wait_for_the_end_of_the_run():
     evals = [(s, 3.0 if s <= 500 else 3.2) for s in range(0, 1001, 100)]
     rules = StabilityConfig()
-    assert not judge(evals, 1000, rules, ended=False).unstable
+    assert not judge(evals[:-1], 1000, rules).unstable
     fired = {rule.rule: rule for rule in judge(evals, 1000, rules).rules}
     assert set(fired) == {PERSISTENT_DRIFT, NO_RECOVERY}
     assert (fired[PERSISTENT_DRIFT].last_good, fired[PERSISTENT_DRIFT].step) == (500, 600)
@@ -90,6 +90,25 @@ def test_a_non_finite_training_loss_between_evaluations_ends_the_run_as_unstable
     verdict = judge([(0, 3.0), (100, 2.9)], 1000, StabilityConfig(), nonfinite_at=150)
     (rule,) = verdict.rules
     assert (rule.rule, rule.step, rule.last_good) == (EARLY_TERMINATION, 150, 100)
+
+
+def test_a_run_cut_short_is_dated_at_what_ended_it():
+    """It has had no chance to recover, so the noise before its end is not held against it."""
+    evals = [(0, 5.5), (10, 4.0), (20, 3.0), (30, 3.1), (40, 4.2)]
+    assert judge(evals, 300, StabilityConfig()).first_bad == 40
+    verdict = judge(evals[:4], 300, StabilityConfig(), nonfinite_at=35)
+    assert [(rule.rule, rule.step) for rule in verdict.rules] == [(EARLY_TERMINATION, 35)]
+
+
+def test_a_loss_that_still_falls_has_not_departed():
+    assert not judge([(10 * i, 8 - 0.3 * i) for i in range(15)], 140, StabilityConfig()).unstable
+
+
+def test_drift_is_dated_at_the_last_stretch_above_the_line():
+    plateau = [(i, 3.3) for i in range(40)]
+    evals = [*plateau, (40, 3.9), (41, 3.3), *((i, 3.6) for i in range(42, 51))]
+    fired = {rule.rule: rule for rule in judge(evals, 50, StabilityConfig()).rules}
+    assert (fired[PERSISTENT_DRIFT].last_good, fired[PERSISTENT_DRIFT].step) == (41, 42)
 
 
 def test_no_evaluations_no_verdict_of_instability():
@@ -126,8 +145,8 @@ def test_a_non_finite_evaluation_fires_early_termination_at_its_step(values, dat
 @given(losses, losses, styles)
 def test_a_spike_seen_online_is_never_taken_back(values, later, rules):
     horizon = 100 * (len(values) + len(later))
-    before = judge(every_hundred(values), horizon, rules, ended=False).rules
-    after = judge(every_hundred(values + later), horizon, rules, ended=False).rules
+    before = judge(every_hundred(values), horizon, rules).rules
+    after = judge(every_hundred(values + later), horizon, rules).rules
     assert before == after[: len(before)]
     final = judge(every_hundred(values + later), horizon, rules).rules
     assert set(after) <= set(final)
@@ -136,6 +155,7 @@ def test_a_spike_seen_online_is_never_taken_back(values, later, rules):
 @given(losses, styles)
 def test_every_rule_is_bracketed_by_evaluations(values, rules):
     steps = [step for step, _ in every_hundred(values)]
-    for rule in judge(every_hundred(values), 100 * len(values), rules).rules:
+    for rule in judge(every_hundred(values), steps[-1], rules).rules:
         assert rule.step in steps
+        assert rule.last_good is None or rule.last_good < rule.step
         assert rule.last_good is None or rule.last_good in steps

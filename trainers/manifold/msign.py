@@ -20,7 +20,6 @@ _POLAR_EXPRESS = (
     (1.875, -1.25, 0.375),
 )
 _SAFETY = 1.01  # the paper's margin for rounding, on all triples but the last and on the norm
-_TINY = 1e-7  # keeps a zero matrix finite
 
 _LIMIT = _POLAR_EXPRESS[-1]  # p(1 + e) = 1 + O(e³): what to iterate once singular values are near 1
 
@@ -53,35 +52,38 @@ def msign(
     wide = X.size(-2) < X.size(-1)
     Y = (X.mT if wide else X).to(dtype or X.dtype)
     norm = Y.norm(dim=(-2, -1), keepdim=True)
-    Y = Y / (norm * _SAFETY + _TINY * (norm == 0))
+    Y = Y / (norm * _SAFETY).masked_fill(norm == 0, 1.0)  # a zero matrix stays zero
     Y = _iterate(Y, polar_express_coefficients(steps)).to(X.dtype)
     return Y.mT if wide else Y
+
+
+NEAR = 0.5
+"""Largest radius that `polar_near` takes; its iteration diverges from 0.53 up."""
 
 
 def polar_near(
     X: Tensor,  # (..., m, n), m >= n
     radius: float,
 ) -> Tensor:  # (..., m, n)
-    """Polar factor of an X with all singular values in [1 - radius, 1 + radius].
+    """Polar factor of an X with all singular values in [1 - radius, 1 + radius], radius <= NEAR.
 
     Takes as many Newton-Schulz steps as the ends of that interval need to come within 1e-7 of 1,
-    which is two to four for the steps of an optimizer; a radius they do not converge from falls
-    back on `msign`.
+    which is one to five.
     """
-    steps = _steps_from(radius)
-    return msign(X) if steps is None else _iterate(X, [_LIMIT] * steps)
+    return _iterate(X, [_LIMIT] * steps_from(radius))
 
 
-def _steps_from(radius: float) -> int | None:
-    if radius > 0.5:  # the iteration diverges from 1.53 up
-        return None
+def steps_from(radius: float) -> int:
+    """Newton-Schulz steps that `polar_near` takes. Raises ValueError beyond NEAR."""
+    if not radius <= NEAR:
+        raise ValueError(f"radius {radius} is above {NEAR}")
     a, b, c = _LIMIT
     low, high = 1 - radius, 1 + radius
-    for steps in range(POLAR_EXPRESS_STEPS):
-        if max(abs(1 - low), abs(1 - high)) < 1e-7:
-            return steps
+    steps = 0
+    while max(abs(1 - low), abs(1 - high)) >= 1e-7:
         low, high = (x * (a + b * x**2 + c * x**4) for x in (low, high))
-    return None
+        steps += 1
+    return steps
 
 
 def _iterate(Y: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
