@@ -307,7 +307,6 @@ def test_quickstart_is_the_five_arms_with_two_seeds():
     assert grid.seeds == [1337, 1338]
 
 
-
 def test_paper_is_the_default_preset():
     grid = shipped("paper")
     assert list(grid.arms) == PAPER_ARMS
