@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mmsweep.store import RunStore, StoreError, open_store
+from mmsweep.store import DamagedError, RunStore, StoreError, open_store
 from trainers import records
 from trainers.records import EvalRecord, PartReader, StepRecord
 
@@ -40,6 +40,13 @@ LAST_SHIP_S = 120.0
 LOG_TAIL_LINES = 12
 EXIT_STOPPED = 75  # trainers.train.EXIT_STOPPED; importing it would load torch
 EXIT_BAD_INPUT = 2
+OUT_OF_MEMORY = (
+    "out of memory",
+    "outofmemoryerror",
+    "can't allocate memory",
+    "memoryerror",
+    "not enough memory",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,9 @@ class Agent:
         self.started = time.time()
         self.attempt = 0
         self.config_shipped = False
+        self.store_trouble = ""
+        self.progressed = self.started
+        """When the last record was written: a worker that hangs stops this clock."""
         self.news = News(records.RUNNING, steps=job.run["schedule"]["steps"])
 
     def run(self) -> News:
@@ -100,7 +110,7 @@ class Agent:
             self._tell(step=restored or 0)
             return self._train()
         except _GaveUpError as error:
-            return self._tell(status=records.FAILED, reason=str(error), done=True, retry=True)
+            return self._tell(status=records.FAILED, reason=str(error), done=True)
         finally:
             shutil.rmtree(self.run_dir, ignore_errors=True)
 
@@ -110,6 +120,7 @@ class Agent:
             shipper.start()
             code = self._watch(workers)
         shipper.stop()
+        records.close_parts(self.run_dir, self.attempt)
         if code != 0 and code != EXIT_STOPPED:
             self._tell(**_explain(code, self.run_dir))
         self._patiently(lambda: self.store.ship(self.job.run_id, self.run_dir))
@@ -145,6 +156,10 @@ class Agent:
             elif isinstance(record, EvalRecord):
                 changes |= {"val_loss": record.val_loss}
         if changes:
+            self.progressed = time.time()
+        if self.store_trouble != self.news.reason:
+            changes["reason"] = self.store_trouble
+        if changes:
             self._tell(**changes)
 
     def _complete(self, summary: dict[str, Any]) -> News:
@@ -152,7 +167,10 @@ class Agent:
         rows = self._patiently(lambda: self.store.compact(self.job.run_id))
         self._tell(status=summary["status"], reason=summary["reason"], step=summary["steps"])
         self._patiently(self.publish)
-        self._patiently(lambda: self.store.put_summary(self.job.run_id, {**summary, "rows": rows}))
+        # A newer attempt may have begun meanwhile; its rows are these rows.
+        attempts = self._patiently(lambda: self.store.next_attempt(self.job.run_id)) - 1
+        summary |= {"rows": rows, "attempts": max(attempts, self.attempt)}
+        self._patiently(lambda: self.store.put_summary(self.job.run_id, summary))
         return self._tell(done=True)
 
     def _tell(self, **changes: Any) -> News:
@@ -174,6 +192,7 @@ class Agent:
         news |= {
             "tokens_seen": self.news.step * _tokens_per_step(self.job.run),
             "updated": time.time(),
+            "progressed": self.progressed,
             "started": self.started,
             "host": platform.node(),
         }
@@ -183,17 +202,23 @@ class Agent:
 
     def _patiently(self, action: Any) -> Any:
         """Repeat `action` until the store answers: for as long as it takes while someone waits for
-        the run, for LAST_SHIP_S once nobody does."""
+        the run, for LAST_SHIP_S once nobody does. A damaged object is no outage: it ends the run."""
         pause, gone_since = 0.5, None
         while True:
             try:
-                return action()
+                answer = action()
+            except DamagedError as error:
+                raise _GaveUpError(str(error)) from None
             except StoreError as error:
                 if self.launcher_gone.is_set():
                     gone_since = gone_since or time.monotonic()
                     if time.monotonic() - gone_since > LAST_SHIP_S:
                         raise _GaveUpError(str(error)) from None
                 self._tell(reason=f"waiting for the store: {error}")
+            else:
+                if self.news.reason.startswith("waiting for the store"):
+                    self._tell(reason="")
+                return answer
             time.sleep(pause)
             pause = min(2 * pause, 30.0)
 
@@ -221,9 +246,9 @@ class _Shipper(threading.Thread):
                 if time.monotonic() - published > STATUS_S:
                     self.agent.publish()
                     published = time.monotonic()
-                pause = SHIP_S
+                pause, self.agent.store_trouble = SHIP_S, ""
             except StoreError as error:
-                _say(json.dumps({"store": str(error)}))
+                self.agent.store_trouble = f"waiting for the store: {error}"
                 pause = min(2 * pause, 60.0)
 
     def stop(self) -> None:
@@ -308,12 +333,13 @@ def _explain(code: int, run_dir: Path) -> dict[str, Any]:
     last = tail[-1] if tail else "no output"
     if code == EXIT_BAD_INPUT:
         return {"status": records.FAILED, "reason": last}
-    out_of_memory = any("out of memory" in line.lower() or "OutOfMemoryError" in line for line in tail)
+    out_of_memory = any(words in line.lower() for line in tail for words in OUT_OF_MEMORY)
     if out_of_memory or code == -signal.SIGKILL:
         last = last if out_of_memory else "worker killed (SIGKILL): out of host memory, or by hand"
         return {"status": records.OOM if out_of_memory else records.FAILED, "reason": last}
     if code < 0:
-        return {"status": records.FAILED, "reason": f"worker died of {signal.Signals(-code).name}: {last}"}
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return {"status": records.FAILED, "reason": f"worker died of {name}: {last}"}
     return {"status": records.FAILED, "reason": f"exit code {code}: {last}"}
 
 
@@ -362,6 +388,7 @@ class AgentProcess:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asdict(job)) + "\n")
         self._process.stdin.flush()
+        self._last = News(records.RUNNING)
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -381,11 +408,10 @@ class AgentProcess:
         except queue.Empty:
             return None
         if line is None:
-            return News(records.FAILED, reason="the agent died", done=True, retry=True)
-        told = json.loads(line)
-        if "store" in told:
-            return None
-        return News(**{key: _number(value) for key, value in told.items()})
+            died = {"status": records.FAILED, "reason": "the agent died", "done": True, "retry": True}
+            return News(**{**asdict(self._last), **died})
+        self._last = News(**{key: _number(value) for key, value in json.loads(line).items()})
+        return self._last
 
     def close(self) -> None:
         """Tell the agent that nobody waits for it any more."""

@@ -51,6 +51,7 @@ def connect(address: str | None) -> Iterator[Capacity]:
     os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
     if address is not None:
         check_authentication(address)
+        _check_listening(address)
     import ray
 
     local = {
@@ -65,9 +66,12 @@ def connect(address: str | None) -> Iterator[Capacity]:
             logging_level="ERROR",
             **(local if address is None else {}),
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        if address is None:
+            raise InputError(f"Ray does not start on this machine: {reason}") from None
         raise InputError(
-            f"no Ray cluster at {address!r}: {(str(error).splitlines() or [''])[0]}; "
+            f"no Ray cluster at {address!r}: {reason}; "
             "start one with `ray up`, or leave --address out to use this machine"
         ) from None
     try:
@@ -90,6 +94,17 @@ def check_authentication(address: str) -> None:
         f"refusing {address!r}: a Ray cluster without authentication runs code for anyone who reaches it; "
         "set RAY_AUTH_MODE=token on every node and here"
     )
+
+
+def _check_listening(address: str) -> None:
+    """Ray keeps trying for minutes where nobody answers. Raises InputError."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():
+        return  # "auto": Ray knows where to look
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"nothing answers at {address!r}: {error}; start a cluster with `ray up`") from None
 
 
 def _is_loopback(address: str) -> bool:

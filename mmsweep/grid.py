@@ -25,7 +25,6 @@ from trainers.config import (
     DataConfig,
     Flag,
     NonNegative,
-    Positive,
     RunConfig,
     SafeName,
     Section,
@@ -81,7 +80,7 @@ class Resources(Section):
 
     workers: Count = 1
     """Processes of one run, data-parallel."""
-    cpus_per_worker: Positive = 1.0
+    cpus_per_worker: Annotated[float, Field(strict=True, ge=0.01, allow_inf_nan=False)] = 1.0
     gpus_per_worker: Annotated[NonNegative, AfterValidator(_one_gpu)] = 0.0
     """One process drives one GPU; a fraction lets several runs share one."""
     max_concurrent: Count | None = None
@@ -178,18 +177,24 @@ def load_grid(path: Path | str, *, identify: Identify) -> Grid:
     runs = {(point, arm): _run(draft, point, arm) for point in draft.points() for arm in draft.arms}
     raise_if(draft.problems)
     assert spec is not None
-    draft.problems += _workers_share_batches(document, spec, [run for run in runs.values() if run])
+    draft.problems += _uneven_shares(document, spec, [run for run in runs.values() if run])
     raise_if(draft.problems)
     return _expand(draft, spec, {key: run for key, run in runs.items() if run is not None})
 
 
-def _workers_share_batches(document: Document, spec: GridSpec, runs: list[RunConfig]) -> list[Problem]:
+def _uneven_shares(document: Document, spec: GridSpec, runs: list[RunConfig]) -> list[Problem]:
+    """Batches that the workers, or a worker's forward passes, cannot share."""
     workers = spec.resources.workers
-    uneven = sorted({run.schedule.batch_size for run in runs if run.schedule.batch_size % workers})
-    return [
-        document.problem(("resources", "workers"), f"{workers} workers cannot share a batch of {size}")
-        for size in uneven
-    ]
+    place = ("resources", "workers")
+    sizes = {(run.schedule.batch_size, run.runtime.micro_batch) for run in runs}
+    uneven = [size for size, _ in sizes if size % workers]
+    found = [document.problem(place, f"{workers} workers cannot share a batch of {size}") for size in uneven]
+    for size, micro in sizes:
+        share = size // workers
+        if size not in uneven and micro and share % min(micro, share):
+            text = f"runtime.micro_batch {micro} does not divide the {share} sequences of a worker"
+            found.append(document.problem(("base", "runtime", "micro_batch"), text))
+    return found
 
 
 # --- reading the parts -------------------------------------------------------------------------

@@ -7,6 +7,7 @@ reads the store and goes on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -15,14 +16,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mmsweep.agent import STOP_GRACE_S, Job
+from mmsweep.agent import STOP_GRACE_S, Job, News
 from mmsweep.cluster import Capacity, connect
 from mmsweep.grid import Grid, load_grid
 from mmsweep.progress import Board, duration
 from mmsweep.store import RunStore, StoreError, open_store
 from trainers import records
 from trainers.config import RunConfig
-from trainers.corpus import identify
+from trainers.corpus import expanded, identify
 from trainers.errors import InputError
 from trainers.flops import Cost, cost
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         grid = load_grid(_grid_path(arguments.grid), identify=identify)
-        store = open_store(arguments.store or grid.store)
+        store = open_store(grid.store if arguments.store is None else arguments.store)
         if arguments.dry_run:
             return _dry_run(grid, store)
         return _launch(grid, store, arguments.address, show=arguments.open)
@@ -58,7 +59,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _grid_path(given: str) -> Path:
     shipped = SHIPPED / f"{given}.yaml"
-    return shipped if not Path(given).exists() and shipped.is_file() else Path(given)
+    try:
+        return shipped if not Path(given).exists() and shipped.is_file() else Path(given)
+    except OSError as error:
+        raise InputError(f"{given[:60]}…: {error.strerror}") from None
 
 
 def _launch(grid: Grid, store: RunStore, address: str | None, *, show: bool) -> int:
@@ -90,9 +94,7 @@ def _launch(grid: Grid, store: RunStore, address: str | None, *, show: bool) -> 
 def _job(run_id: str, run: RunConfig, store: RunStore, grid: Grid) -> Job:
     data = run.data
     if data.path is not None:  # agents may start in another folder
-        run = run.model_copy(
-            update={"data": data.model_copy(update={"path": str(Path(data.path).absolute())})}
-        )
+        run = run.model_copy(update={"data": data.model_copy(update={"path": str(expanded(data.path))})})
     return Job(run_id, run.model_dump(mode="json"), store.url, grid.resources.workers)
 
 
@@ -127,6 +129,7 @@ def _end(grid: Grid, store: RunStore, board: Board, begun: float, *, show: bool)
     }
     print(f"{len(finished)} of {len(grid.runs)} runs done in {duration(time.monotonic() - begun)}")
     for run_id, news in trouble.items():
+        _publish_failure(store, run_id, news)
         print(f"{run_id}: {news.status} at step {news.step}: {news.reason}")
     if finished:
         _report(store, grid, show=show)
@@ -134,6 +137,14 @@ def _end(grid: Grid, store: RunStore, board: Board, begun: float, *, show: bool)
         return 0
     print("the same command goes on from here")
     return 1
+
+
+def _publish_failure(store: RunStore, run_id: str, news: News) -> None:
+    """Say in the store what an agent that died could not."""
+    with contextlib.suppress(StoreError):
+        status = store.status(run_id) or {}
+        if status.get("status") == records.RUNNING and status.get("attempt") == news.attempt:
+            store.put_status(run_id, {**status, "status": news.status, "reason": news.reason})
 
 
 def _wait_until_saved(store: RunStore, run_ids: list[str]) -> None:
@@ -212,8 +223,11 @@ def _axes(grid: Grid, run_id: str) -> list[str]:
 
 
 def _state(store: RunStore, run_id: str) -> str:
-    status = store.status(run_id)
-    return "–" if status is None else f"{status['status']} {status['step']}/{status['steps']}"
+    try:
+        status = store.status(run_id)
+    except StoreError:
+        return "unreadable"
+    return "–" if status is None else f"{status['status']} {status.get('step', 0)}/{status.get('steps', '?')}"
 
 
 def _per_step(grid: Grid, costs: dict[str, Cost]) -> list[str]:

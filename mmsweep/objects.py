@@ -30,6 +30,10 @@ class StoreError(Exception):
     """The store cannot be used, or holds something unreadable: one line with the URL and the fix."""
 
 
+class DamagedError(StoreError):
+    """An object is there and cannot be what it should be: waiting does not help."""
+
+
 class ObjectStore(Protocol):
     """Whole objects under slash-separated keys. Safe to use from several threads.
 
@@ -115,7 +119,10 @@ class DirectoryStore:
     """A folder on a local or shared disk."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
+        try:
+            self.root = root.expanduser().absolute()
+        except RuntimeError as error:  # no such user
+            raise StoreError(f"{root}: {error}") from None
 
     @property
     def url(self) -> str:

@@ -41,7 +41,8 @@ class Row:
     begun: tuple[float, int] | None = None
     """Time and step of the first progress of this attempt."""
     printed: float = 0.0
-    printed_val: float | None = None
+    said: str = ""
+    """The last reason that got a line."""
 
     def seconds_left(self) -> float | None:
         if self.begun is None or self.news.step <= self.begun[1]:
@@ -143,6 +144,9 @@ class Board:
         if news.done:
             what = f"{news.status}" + (f": {news.reason}" if news.reason else "")
             self._line(f"{run_id}  {what}  step {news.step}/{row.steps}  val {_loss(news.val_loss)}")
+        elif news.reason != row.said:
+            row.said = news.reason
+            self._line(f"{run_id}  {news.reason or 'goes on'}")
         elif news.train_loss is not None and time.monotonic() - row.printed > LINE_S:
             row.printed = time.monotonic()
             self._line(
@@ -171,7 +175,7 @@ def _left(row: Row) -> str:
 
 def duration(seconds: float) -> str:
     """`0:42`, `12:05`, `3:07:00`."""
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, rest = divmod(round(min(max(seconds, 0), 10**9)), 60)  # clocks differ
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 

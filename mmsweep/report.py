@@ -24,7 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         page = _report(arguments.store, arguments.grid, arguments.out)
-    except (InputError, StoreError, OSError) as error:
+    except OSError as error:
+        print(f"mmsweep report: {error}; choose another folder with --out", file=sys.stderr)
+        return 2
+    except (InputError, StoreError) as error:
         print(f"mmsweep report: {error}", file=sys.stderr)
         return 2
     if arguments.open and _on_a_desktop():

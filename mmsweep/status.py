@@ -13,12 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from mmsweep.progress import COLOURS, duration
-from mmsweep.store import NotFound, RunStore, StoreError, open_store
+from mmsweep.store import DamagedError, NotFound, RunStore, StoreError, open_store
 from trainers import records
 from trainers.errors import InputError, did_you_mean
 
 SILENT_S = 60.0
 """A running run that has not written its status for so long is called silent."""
+STALLED_S = 300.0
+"""A running run that has written no record for so long is called stalled."""
+FINE = (records.PENDING, records.RUNNING, *records.FINISHED)
+UNREADABLE = "unreadable"
 _THREADS = 32
 
 
@@ -37,11 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
     console.print(_table(rows))
     states = [row["status"] for row in rows]
-    print(", ".join(f"{states.count(s)} {s}" for s in records.STATUSES if s in states))
+    known = [*records.STATUSES, UNREADABLE]
+    others = sorted(set(states) - set(known))
+    print(", ".join(f"{states.count(s)} {s}" for s in [*known, *others] if s in states))
     for row in rows:
         for line in row.get("log_tail", []):
             print(f"  {row['run_id']} | {line}")
-    return 1 if any(s in (records.FAILED, records.OOM, records.QUARANTINED) for s in states) else 0
+    return 0 if all(state in FINE for state in states) else 1
 
 
 def standing(store: RunStore, grid: str | None = None) -> list[dict[str, Any]]:
@@ -67,14 +73,20 @@ def _cells(store: RunStore, grid: str) -> list[dict[str, Any]]:
         return list(store.grid_index(grid)["cells"])
     except NotFound:  # the YAML is there, the index not yet
         return []
+    except DamagedError as error:
+        print(error, file=sys.stderr)
+        return []
 
 
 def _one(store: RunStore, run_id: str) -> dict[str, Any]:
-    status = store.status(run_id) or {"status": records.PENDING}
-    summary = store.summary(run_id)
+    try:
+        status = store.status(run_id) or {"status": records.PENDING}
+        summary = store.summary(run_id)
+    except StoreError as error:
+        return {"run_id": run_id, "status": UNREADABLE, "reason": str(error)}
     if summary:
         status |= {"status": summary["status"], "step": summary["steps"], "steps": summary["horizon"]}
-        status |= {"val_loss": summary["final_val_loss"], "reason": summary["reason"]}
+        status |= {"val_loss": summary["final_val_loss"], "reason": summary.get("reason", "")}
     return {"run_id": run_id, **status}
 
 
@@ -86,10 +98,14 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table.add_column("news", justify="right", no_wrap=True)
     table.add_column("reason", overflow="fold")
     for row in rows:
-        status, age = row["status"], time.time() - row.get("updated", time.time())
+        now = time.time()
+        status, age = row["status"], now - (row.get("updated") or now)
+        idle = now - (row.get("progressed") or now)
         reason = row.get("reason") or ""
         if status == records.RUNNING and age > SILENT_S:
             reason = f"silent: no news for {duration(age)}; {reason}".rstrip("; ")
+        elif status == records.RUNNING and idle > STALLED_S:
+            reason = f"stalled: no step for {duration(idle)}; {reason}".rstrip("; ")
         val, rate = row.get("val_loss"), row.get("tokens_per_s")
         table.add_row(
             row["run_id"],

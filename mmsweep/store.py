@@ -23,8 +23,9 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mmsweep.objects import DirectoryStore, NotFound, ObjectStore, StoreError, check_key
+from mmsweep.objects import DamagedError, DirectoryStore, NotFound, ObjectStore, StoreError, check_key
 from mmsweep.rows import Rows, from_parquet, merge, to_parquet, to_table
 from trainers.config import NAME_PATTERN, RUN_ID
 from trainers.errors import InputError, did_you_mean
@@ -42,7 +43,16 @@ from trainers.records import (
     parse_part,
 )
 
-__all__ = ["DirectoryStore", "NotFound", "ObjectStore", "RunStore", "StoreError", "check_key", "open_store"]
+__all__ = [
+    "DamagedError",
+    "DirectoryStore",
+    "NotFound",
+    "ObjectStore",
+    "RunStore",
+    "StoreError",
+    "check_key",
+    "open_store",
+]
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +70,12 @@ def open_store(url: str, *, keep: int = 2) -> RunStore:
         InputError: not a URL of these forms.
     """
     scheme, separator, _ = url.partition("://")
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise InputError(f'store "{url}": {error}') from None
+    if "\0" in unquote(url):
+        raise InputError("the store's name holds a NUL character")
     if not url.strip():
         raise InputError("the store has no name; write a folder, as in ./results, or s3://bucket/prefix")
     if not separator:
@@ -89,6 +104,66 @@ def _bucket_and_prefix(url: str) -> tuple[str, str]:
     except ValueError:
         fix = "remove empty, . and .. parts"
         raise InputError(f'store "{url}": "{prefix}" is not a plain prefix; {fix}') from None
+
+
+class _Shape(BaseModel):
+    """What is relied on in a JSON object; the rest is passed on as it is."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @staticmethod
+    def restore(value: Any) -> Any:
+        return value
+
+
+class _Measured(_Shape):
+    """Holds floats that may not be finite."""
+
+    @staticmethod
+    def restore(value: Any) -> Any:
+        return _with_floats(value)
+
+
+class _Cell(_Shape):
+    run_id: str
+    arm: str
+    seed: int
+    axes: dict[str, Any] = {}
+
+
+class _Index(_Shape):
+    name: str
+    arms: dict[str, dict[str, Any]] = {}
+    axes: list[str] = []
+    cells: list[_Cell]
+
+
+class _Config(_Shape):
+    config: dict[str, Any]
+    provenance: dict[str, Any] = {}
+
+
+class _Status(_Measured):
+    status: str
+    reason: str | None = None
+    attempt: int = 0
+    step: int = 0
+    steps: int = 0
+    train_loss: float | None = None
+    val_loss: float | None = None
+    tokens_per_s: float | None = None
+    updated: float | None = None
+    progressed: float | None = None
+    log_tail: list[str] = []
+
+
+class _Summary(_Measured):
+    status: str
+    reason: str = ""
+    steps: int
+    horizon: int
+    final_val_loss: float | None
+    attempts: int = 1
 
 
 @dataclass
@@ -126,9 +201,13 @@ class RunStore:
     # Grids
 
     def put_grid(self, name: str, yaml_text: str, index: dict[str, Any]) -> None:
-        """Keep a grid file as it was given, then its expansion."""
-        self.objects.put(f"grids/{_grid_name(name)}.yaml", yaml_text.encode())
-        self._put_json(f"grids/{name}.json", index)
+        """Keep a grid file as it was given, then its expansion. What is there already is left alone."""
+        for key, text in (
+            (f"grids/{_grid_name(name)}.yaml", yaml_text),
+            (f"grids/{name}.json", dumps(index) + "\n"),
+        ):
+            if not self.objects.exists(key) or self.objects.get(key) != text.encode():
+                self.objects.put(key, text.encode())
 
     def grids(self) -> list[str]:
         names = (n.removesuffix(".json") for n in self.objects.children("grids") if n.endswith(".json"))
@@ -137,7 +216,7 @@ class RunStore:
     def grid_index(self, name: str) -> dict[str, Any]:
         """The expansion of a grid. Raises `NotFound`."""
         key = f"grids/{_grid_name(name)}.json"
-        index = self._json(key)
+        index = self._json(key, _Index)
         if index is None:
             raise NotFound(f"{self.url}/{key}")
         return index
@@ -148,20 +227,20 @@ class RunStore:
         return [name for name in self.objects.children("runs") if _is_run_id(name)]
 
     def config(self, run_id: str) -> dict[str, Any] | None:
-        return self._json(_key(run_id, CONFIG))
+        return self._json(_key(run_id, CONFIG), _Config)
 
     def put_config(self, run_id: str, config: dict[str, Any]) -> None:
         self._put_json(_key(run_id, CONFIG), config)
 
     def status(self, run_id: str) -> dict[str, Any] | None:
-        return self._json(_key(run_id, STATUS), _with_floats)
+        return self._json(_key(run_id, STATUS), _Status)
 
     def put_status(self, run_id: str, status: dict[str, Any]) -> None:
         self._put_json(_key(run_id, STATUS), status)
 
     def summary(self, run_id: str) -> dict[str, Any] | None:
         """The result of a run that is complete, else None."""
-        return self._json(_key(run_id, SUMMARY), _with_floats)
+        return self._json(_key(run_id, SUMMARY), _Summary)
 
     def put_summary(self, run_id: str, summary: dict[str, Any]) -> None:
         """Declare a run complete; to be called after everything else is in the store."""
@@ -171,21 +250,25 @@ class RunStore:
         """1 + the highest attempt that has left a trace under the run."""
         folders = (re.fullmatch(r"attempt-(\d{3,})", name) for name in self.objects.children(_key(run_id)))
         seen = [int(match[1]) for match in folders if match]
-        for facts, name in ((self.status(run_id), "attempt"), (self.summary(run_id), "attempts")):
-            value = (facts or {}).get(name)
-            seen += [value] if isinstance(value, int) else []
+        with suppress(DamagedError):  # it is rewritten; folders and the summary remember attempts too
+            seen.append((self.status(run_id) or {}).get("attempt", 0))
+        seen.append((self.summary(run_id) or {}).get("attempts", 0))
         return 1 + max(seen, default=0)
 
-    def _json(self, key: str, convert: Callable[[Any], Any] = lambda v: v) -> dict[str, Any] | None:
+    def _json(self, key: str, shape: type[_Shape]) -> dict[str, Any] | None:
         try:
             value = json.loads(self.objects.get(key))
+            return shape.model_validate(shape.restore(value)).model_dump(exclude_unset=True)
         except NotFound:
             return None
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            raise StoreError(f"{self.url}/{key}: not a JSON object written by mmsweep; move it away")
-        return {name: convert(item) for name, item in value.items()}
+        except (ValueError, RecursionError) as error:
+            what = "not JSON"
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                what = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg'].lower()}"
+            raise DamagedError(
+                f"{self.url}/{key}: not an object written by mmsweep ({what}); move it away"
+            ) from None
 
     def _put_json(self, key: str, value: dict[str, Any]) -> None:
         self.objects.put(key, (dumps(value) + "\n").encode())
@@ -411,7 +494,7 @@ class RunStore:
             yield
         except _UNREADABLE as error:
             reason = " ".join(str(error).split())
-            raise StoreError(f"{self.url}/{key}: damaged ({reason}); move it away") from error
+            raise DamagedError(f"{self.url}/{key}: damaged ({reason}); move it away") from error
 
 
 _UNREADABLE = (

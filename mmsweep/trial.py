@@ -43,7 +43,7 @@ def _relay(agent: AgentProcess) -> News:
     while True:
         pending = agent.news(timeout=REPORT_S) or pending
         if pending and (pending.done or time.monotonic() - reported > REPORT_S):
-            tune.report(asdict(pending))
+            tune.report({"news": asdict(pending)})  # nested: `done` at the top has a meaning to Tune
             reported = time.monotonic()
             if pending.done:
                 return pending
@@ -63,8 +63,8 @@ class _BoardCallback(tune.Callback):  # type: ignore[misc]
         self.board.started(trial.config["job"]["run_id"])
 
     def on_trial_result(self, *, trial: Any, result: dict[str, Any], **_: Any) -> None:
-        fields = {key: result[key] for key in News.__dataclass_fields__ if key in result}
-        self.board.heard(trial.config["job"]["run_id"], News(**fields))
+        if "news" in result:
+            self.board.heard(trial.config["job"]["run_id"], News(**result["news"]))
 
     def on_trial_recover(self, *, trial: Any, **_: Any) -> None:
         self.board.retrying(trial.config["job"]["run_id"])

@@ -72,7 +72,7 @@ def load_newest(
     """Restore the newest checkpoint that verifies into `state`; every rank calls it.
 
     Returns whether one was found, and remarks: a line for each that was refused, and one if the
-    code has changed since. A refused folder is renamed to `bad-<step>`, never deleted.
+    code has changed since. A refused folder is renamed to `bad-<step>-<n>`, never deleted.
     """
     root = run_dir / CHECKPOINTS
     remarks: list[str] = []
@@ -92,7 +92,8 @@ def load_newest(
     group.barrier()  # nobody renames what another rank still reads
     if group.is_main:
         for bad in (s for s in _steps(root) if s > step):
-            (root / checkpoint_name(bad)).rename(root / f"bad-{checkpoint_name(bad)}")
+            taken = len(list(root.glob(f"bad-{checkpoint_name(bad)}*")))
+            (root / checkpoint_name(bad)).rename(root / f"bad-{checkpoint_name(bad)}-{taken + 1}")
     group.barrier()
     if step >= 0 and facts["identity"].get("code") != identity["code"]:
         remarks.append(f"the checkpoint of step {step} was written by another version of the trainer")

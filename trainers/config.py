@@ -220,7 +220,7 @@ class RuntimeConfig(Section):
     """Sequences per forward pass and worker; None takes the worker's whole share."""
     compile: Flag | None = None
     """None compiles on CUDA alone."""
-    threads: Count = 1
+    threads: Annotated[int, Field(strict=True, ge=1, le=1024)] = 1
     checkpoint_every: Count = 1_000
     keep_checkpoints: Count = 2
     part_seconds: Positive = 10.0

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -90,9 +89,10 @@ def prepare(data: DataConfig) -> Corpus:
 def _cached(data: DataConfig) -> Corpus:
     documents, spec = _documents(data)
     folder = cache_root() / "corpora" / f"{data.source}-{spec[:16]}"
-    with _lock(folder):
-        if not (folder / "corpus.json").is_file():
-            _write_corpus(folder, documents(), data)
+    if not (folder / "corpus.json").is_file():
+        with _writable_cache(), _lock(folder):
+            if not (folder / "corpus.json").is_file():  # another process may have been first
+                _write_corpus(folder, documents(), data)
     return _open(folder)
 
 
@@ -106,24 +106,26 @@ def _documents(data: DataConfig) -> tuple[Documents, str]:
     if data.source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = [p for p in root.rglob("*.py") if "site-packages" not in p.parts and p.is_file()]
-        version = ".".join(map(str, sys.version_info[:3]))
     else:
-        root = Path()
-        paths = [Path(p) for p in glob.glob(str(data.path), recursive=True) if Path(p).is_file()]  # noqa: PTH207
-        version = ""
+        paths = [p for p in _matches(str(data.path)) if p.is_file()]
         if not paths:
             raise InputError(
                 f'data.path "{data.path}" matches no file; give a glob such as "corpus/**/*.txt"'
             )
-    names = {str(p.relative_to(root)) if data.source == "stdlib" else str(p): p for p in paths}
+        root = Path(os.path.commonpath([p.parent for p in paths]))
+    # Names decide order and split, so they are relative: a corpus may be moved.
+    names = {p.relative_to(root).as_posix(): p for p in paths}
     stat = [[name, p.stat().st_size, p.stat().st_mtime_ns] for name, p in sorted(names.items())]
-    spec = hashlib.sha256(json.dumps([_spec_hash(data), version, str(root.resolve()), stat]).encode())
+    spec = hashlib.sha256(json.dumps([_spec_hash(data), str(root), stat]).encode())
     return functools.partial(_read_shuffled, names), spec.hexdigest()
 
 
 def _read_shuffled(names: dict[str, Path]) -> Iterator[tuple[str, bytes]]:
     for name in sorted(names, key=_rank):
-        yield name, names[name].read_bytes()
+        try:
+            yield name, names[name].read_bytes()
+        except OSError as error:
+            raise InputError(f"{names[name]}: {error.strerror}; make it readable or leave it out") from None
 
 
 def _hf_documents(data: DataConfig) -> Iterator[tuple[str, bytes]]:
@@ -145,17 +147,17 @@ def _hf_documents(data: DataConfig) -> Iterator[tuple[str, bytes]]:
 
 def _spec_hash(data: DataConfig) -> str:
     """Of the fields by name, so that a field added later changes no id."""
-    fields = [data.source, data.path, data.dataset, data.revision, data.text_column, data.tokenizer]
+    fields = [data.source, data.dataset, data.revision, data.text_column, data.tokenizer]
     return hashlib.sha256(json.dumps([*fields, data.val_fraction]).encode()).hexdigest()
 
 
 def _rank(name: str) -> bytes:
-    return hashlib.sha256(SPLIT_SEED + name.encode()).digest()
+    return hashlib.sha256(SPLIT_SEED + os.fsencode(name)).digest()
 
 
 def _in_val(name: str, fraction: float) -> bool:
     # A second hash: independent of the order, so that the split does not sit at one end.
-    point = int.from_bytes(hashlib.sha256(b"val" + SPLIT_SEED + name.encode()).digest()[:8], "big")
+    point = int.from_bytes(hashlib.sha256(b"val" + SPLIT_SEED + os.fsencode(name)).digest()[:8], "big")
     return point < fraction * 2**64
 
 
@@ -276,9 +278,8 @@ def _open(folder: Path) -> Corpus:
 
 def _ready_shards(data: DataConfig) -> Corpus:
     """Shards somebody else made: names with "val" in them are validation, all others training."""
-    given = Path(str(data.path)).expanduser()
-    pattern = str(given / "*.bin") if given.is_dir() else str(given)
-    paths = sorted(Path(p) for p in glob.glob(pattern, recursive=True))  # noqa: PTH207
+    given = expanded(str(data.path))
+    paths = _matches(str(given / "*.bin") if given.is_dir() else str(given))
     if not paths:
         raise InputError(f'data.path "{data.path}" holds no .bin shard')
     splits = {
@@ -309,10 +310,11 @@ def _digest_of_ready(splits: dict[str, list[Path]]) -> str:
         for split, members in splits.items()
     }
     digest = _corpus_digest(shards)
-    remembered.parent.mkdir(parents=True, exist_ok=True)
-    temporary = remembered.with_suffix(f".{os.getpid()}")
-    temporary.write_text(digest + "\n")
-    temporary.rename(remembered)
+    with _writable_cache():
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        temporary = remembered.with_suffix(f".{os.getpid()}")
+        temporary.write_text(digest + "\n")
+        temporary.rename(remembered)
     return digest
 
 
@@ -354,6 +356,29 @@ def shard_tokens(path: Path) -> int:
 def read_shard(path: Path) -> Tokens:
     """Memory-mapped tokens of a shard. Raises InputError as `shard_tokens` does."""
     return np.memmap(path, np.dtype("<u2"), "r", offset=HEADER_BYTES, shape=(shard_tokens(path),))
+
+
+def expanded(path: str) -> Path:
+    """`path` with ~ resolved and from the root, as another process in another folder needs it."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:  # no such user
+        raise InputError(f'path "{path}": {error}') from None
+
+
+def _matches(pattern: str) -> list[Path]:
+    return sorted(Path(p) for p in glob.glob(str(expanded(pattern)), recursive=True))  # noqa: PTH207
+
+
+@contextmanager
+def _writable_cache() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        raise InputError(
+            f"cannot write the token cache ({reason}); set MMSWEEP_CACHE to a folder with room"
+        ) from None
 
 
 @contextmanager

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainers.errors import InputError
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A worker that waits longer than this for the others fails, so that a hang ends."""
 
@@ -38,8 +40,14 @@ class Group:
 
 
 def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """`auto` takes CUDA if there is one. Ranks beyond the GPUs share them, which needs gloo."""
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    """`auto` takes CUDA if there is one. Ranks beyond the GPUs share them, which needs gloo.
+
+    Raises:
+        InputError: CUDA is wanted and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError('runtime.device is "cuda" and torch finds no CUDA device here; use "auto" or "cpu"')
+    if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
 
@@ -48,9 +56,14 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
 def join(wanted: str) -> Iterator[Group]:
     """The group that the environment describes (torchrun's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*),
     or a group of one. It is left on every way out."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    try:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        rank = int(os.environ.get("RANK", "0"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    except ValueError as error:
+        raise InputError(
+            f"WORLD_SIZE, RANK and LOCAL_RANK must be numbers, as torchrun sets them: {error}"
+        ) from None
     device = pick_device(wanted, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

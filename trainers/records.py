@@ -227,7 +227,7 @@ class PartWriter:
         self.folder = run_dir / attempt_dir(attempt)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._open: dict[str, tuple[int, Path]] = {}
-        self._next = dict.fromkeys(KINDS, 0)
+        self._next = {kind: _parts_so_far(self.folder, kind) for kind in KINDS}
         self._rolled = time.monotonic()
 
     def append(self, record: Record) -> None:
@@ -249,6 +249,22 @@ class PartWriter:
     def roll_if_older(self, seconds: float) -> None:
         if self._open and time.monotonic() - self._rolled >= seconds:
             self.roll()
+
+
+def _parts_so_far(folder: Path, kind: str) -> int:
+    """One more than the highest part of a kind, so that no part is ever written twice."""
+    numbers = [int(m[3]) for p in folder.iterdir() if (m := PART.search(p.as_posix())) and m[2] == kind]
+    return 1 + max(numbers, default=-1)
+
+
+def close_parts(run_dir: Path, attempt: int) -> None:
+    """Give the parts of a process that died their final names, without the line it was writing."""
+    for path in (run_dir / attempt_dir(attempt)).glob("*.jsonl.open"):
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(path, whole)
+        path.rename(path.with_suffix(""))
 
 
 class PartReader:

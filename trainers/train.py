@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -73,6 +74,7 @@ def train(
     run = run.model_copy(
         update={"data": run.data.model_copy(update={"digest": run.data.digest or tokens.digest})}
     )
+    run_dir.mkdir(parents=True, exist_ok=True)
     with join(run.runtime.device) as group:
         work = _set_up(run, run_dir, tokens, group, attempt, on_record)
         return _loop(work, should_stop)
@@ -135,7 +137,6 @@ def _set_up(
 ) -> _Work:
     name = run_id(run)
     share, micro = _batch_shape(run, group)
-    run_dir.mkdir(parents=True, exist_ok=True)
     attempt = attempt or _next_attempt(run_dir)
     group.barrier()  # every rank has read the folder before rank 0 writes to it
     model = GPT2(run.model)
@@ -188,8 +189,8 @@ def _batch_shape(run: RunConfig, group: Group) -> tuple[int, int]:
 
 
 def _next_attempt(run_dir: Path) -> int:
-    seen = [int(p.name.removeprefix("attempt-")) for p in run_dir.glob("attempt-[0-9]*")]
-    return 1 + max(seen, default=0)
+    seen = [re.fullmatch(r"attempt-(\d{3,})", p.name) for p in run_dir.glob("attempt-*")]
+    return 1 + max((int(match[1]) for match in seen if match), default=0)
 
 
 def _optimizers(named: list[NamedParameter], run: RunConfig) -> dict[str, torch.optim.Optimizer]:
@@ -476,7 +477,9 @@ def main(argv: list[str] | None = None) -> int:
             run = run.model_copy(
                 update={"data": run.data.model_copy(update={"digest": corpus.identify(run.data)})}
             )
-        run_dir = arguments.run_dir or arguments.out / run_id(run)
+        run_dir = _usable(arguments.run_dir or arguments.out / run_id(run))
+        if arguments.attempt is not None and not 1 <= arguments.attempt <= 999_999:
+            raise InputError(f"--attempt {arguments.attempt}: attempts are numbered from 1")
         done = run_dir / records.SUMMARY
         if done.is_file():
             print(f"{run_dir} is complete already")
@@ -495,6 +498,14 @@ def main(argv: list[str] | None = None) -> int:
         result = f"validation loss {loss:.4f}" if loss is not None else summary.reason
         print(f"{summary.status}: {result}; records in {run_dir}")
     return 0
+
+
+def _usable(run_dir: Path) -> Path:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{run_dir}: {error.strerror}; choose a folder that can be written") from None
+    return run_dir
 
 
 @contextlib.contextmanager

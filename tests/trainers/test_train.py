@@ -288,7 +288,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(shards, tm
     (newest / "model.safetensors").write_bytes(raw)
     train(run, tmp_path / "cut")
     assert "checkpoint of step 8 refused" in capsys.readouterr().err
-    assert (tmp_path / "cut" / "checkpoints" / "bad-00000008").is_dir()
+    assert (tmp_path / "cut" / "checkpoints" / "bad-00000008-1").is_dir()
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 

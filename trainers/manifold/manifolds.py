@@ -164,7 +164,8 @@ def svd_sorted_without_svd(
     """
     Q = msign(V, steps=_POLAR_STEPS)
     # The Gram matrix squares the condition number, hence float64.
-    squares = torch.linalg.eigvalsh(V.mT.double() @ V.double())
+    gram = V.mT.double() @ V.double()
+    squares = torch.linalg.eigvalsh(torch.where(torch.isfinite(gram), gram, 0.0))  # Q has the NaN
     sigma: Tensor = squares.clamp_min(0).sqrt().flip(-1).to(V.dtype)
     return Q * sigma.unsqueeze(-2)
 
