@@ -1,0 +1,94 @@
+"""Dependencies run one way, and what is documented works."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mmsweep.grid import Grid, load_grid
+
+ROOT = Path(__file__).parents[1]
+
+# Modules, and what none of them may load. `mmsweep.report` calls analysis inside its main alone.
+RULES = {
+    "trainers": ("trainers", {"ray", "boto3", "pandas", "pyarrow", "mmsweep", "analysis"}),
+    "planning": (
+        "trainers.config trainers.yamlfile trainers.flops trainers.stability mmsweep.grid",
+        {"torch"},
+    ),
+    "mmsweep": ("mmsweep", {"ray", "boto3", "analysis", "pandas", "torch"}),
+    "the Ray adapter": ("mmsweep.trial", {"boto3", "analysis", "torch"}),
+    "analysis": ("analysis", {"torch", "ray", "boto3", "mmsweep.grid", "mmsweep.agent", "mmsweep.launch"}),
+}
+APART = {"mmsweep": {"mmsweep.trial", "mmsweep.s3"}}
+"""The modules that may load ray and boto3."""
+
+
+def modules(names: str) -> list[str]:
+    found = []
+    for name in names.split():
+        folder = ROOT / name.replace(".", "/")
+        if folder.is_dir():
+            paths = [p.relative_to(ROOT).with_suffix("") for p in folder.rglob("*.py")]
+            found += [".".join(p.parts).removesuffix(".__init__") for p in paths]
+        else:
+            found.append(name)
+    return sorted(set(found) - APART.get(names, set()))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_imports_go_one_way(rule):
+    names, forbidden = RULES[rule]
+    code = (
+        "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *modules(names)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert not forbidden & set(done.stdout.split())
+
+
+def test_the_readme_s_grid_expands(tmp_path):
+    text = re.search(r"```yaml\n(# my_grid.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    assert len(expand(text, tmp_path).runs) == 3 * 2 * 2
+
+
+def expand(text: str, folder: Path) -> Grid:
+    (folder / "my_grid.yaml").write_text(text)
+    return load_grid(folder / "my_grid.yaml", identify=lambda data: "sha256:" + "0" * 64)
+
+
+def test_the_reference_s_grid_expands(tmp_path):
+    text = re.search(
+        r"```yaml\n(name: my_grid.*?)```", (ROOT / "docs" / "grids.md").read_text(), re.DOTALL
+    ).group(1)
+    assert len(expand(text, tmp_path).runs) == 2 * 2
+
+
+def test_the_readme_s_optimizer_trains_a_model_of_one_s_own():
+    code = re.search(
+        r"```python\n(from trainers.optim.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    ).group(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 8, bias=False))
+    scope = {"model": model}
+    exec(code, scope)
+    x = torch.randn(64, 8)
+    losses = []
+    for _ in range(30):
+        loss = (model(x) - x.roll(1, dims=1)).square().mean()
+        scope["optimizer"].zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scope["optimizer"].step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    for layer in (model[0], model[2]):
+        sigma = torch.linalg.svdvals(layer.weight.detach())
+        assert torch.allclose(sigma, torch.ones_like(sigma), atol=1e-4)
