@@ -131,6 +131,14 @@ def test_a_radius_changes_the_cost_of_a_retraction_and_not_its_result(radius):
     assert torch.allclose(retract(V, "stiefel", radius=radius), retract(V, "stiefel"), atol=1e-6)
 
 
+@pytest.mark.parametrize(("manifold", "way"), WAYS_BACK)
+def test_a_matrix_whose_float32_svd_is_nan(manifold, way):
+    """From a training run: finite, singular values in [1, 1.12], and yet LAPACK's sgesdd gives NaN."""
+    V = torch.from_numpy(np.load(Path(__file__).parents[1] / "fixtures" / "svd_nan.npz")["V"])
+    W = retract(torch.stack([V, V.mT]), manifold, method=way)
+    assert (distance(W.double(), manifold) < 1e-4).all()
+
+
 def near_singular(width: int) -> torch.Tensor:
     """A Gaussian with one planted singular value of 7e-6 of the norm, as a real start has."""
     U, S, Vt = torch.linalg.svd(gaussian(width, width), full_matrices=False)
