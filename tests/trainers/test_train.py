@@ -168,6 +168,16 @@ def test_accumulation_gives_the_same_losses(shards, tmp_path, assignment):
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), abs=2e-5)
 
 
+def test_bfloat16_autocast_trains_as_float32_does(shards, tmp_path):
+    full = train(config(shards), tmp_path / "full")
+    half = train(config(shards, precision="bfloat16"), tmp_path / "half")
+    assert half.final_val_loss == pytest.approx(full.final_val_loss, abs=0.05)
+    assert losses(tmp_path / "half") != losses(tmp_path / "full")
+    for row in rows(tmp_path / "half", "spectra"):  # retractions stay in float32
+        if row.module == "attn":
+            assert row.sigma_max == pytest.approx(1, abs=1e-4)
+
+
 def test_dropout_runs_resume_with_their_own_noise(shards, tmp_path):
     run = config(shards, **{"model.dropout": 0.2})
     train(run, tmp_path / "whole")
