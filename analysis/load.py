@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from pydantic import ValidationError
 
-from mmsweep.store import NotFound, RunStore, StoreError, open_store
+from mmsweep.store import DamagedError, NotFound, RunStore, StoreError, open_store
 from trainers.config import RUN_ID, RunConfig
 from trainers.errors import InputError, did_you_mean
 from trainers.records import COMPLETED, DIVERGED, FINISHED, PENDING, RECORD_TYPES
@@ -110,18 +110,9 @@ def long_dtypes(kind: str) -> dict[str, str]:
 def _index(store: RunStore, name: str) -> dict[str, Any]:
     try:
         index = store.grid_index(name)
-        cells = [(cell["run_id"], cell["arm"], cell["seed"], cell["axes"]) for cell in index["cells"]]
-        whole = all(
-            RUN_ID.match(r) and isinstance(seed, int) and isinstance(a, dict) for r, _, seed, a in cells
-        )
-        whole = whole and isinstance(index["arms"], dict) and isinstance(index["axes"], list)
-    except (NotFound, KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise InputError(
-            f"{store.url}/grids/{name}.json: not a grid index; launch the grid again to rewrite it"
-        )
-    return index
+    except (NotFound, DamagedError) as error:
+        raise InputError(f"{error}; launch the grid again to rewrite it") from None
+    return {"arms": {}, "axes": [], **index}
 
 
 def _cells(name: str, index: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
@@ -129,7 +120,7 @@ def _cells(name: str, index: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         note = index["arms"].get(cell["arm"])
         note = note if isinstance(note, dict) else {}
         kinds = {kind: str(note.get(kind, "")) for kind in ("attn", "mlp")}
-        yield {**cell, **kinds, "grid": name}
+        yield {"axes": {}, **cell, **kinds, "grid": name}
 
 
 def _frames(

@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmsweep.objects import DamagedError, DirectoryStore, NotFound, ObjectStore, StoreError, check_key
 from mmsweep.rows import Rows, from_parquet, merge, to_parquet, to_table
@@ -125,7 +125,7 @@ class _Measured(_Shape):
 
 
 class _Cell(_Shape):
-    run_id: str
+    run_id: Annotated[str, Field(pattern=RUN_ID.pattern)]
     arm: str
     seed: int
     axes: dict[str, Any] = {}

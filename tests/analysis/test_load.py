@@ -219,7 +219,7 @@ def test_an_unknown_grid_gets_the_nearest_name(tmp_path):
 def test_a_broken_grid_index_is_an_input_error(tmp_path, change):
     run = Run("hetero", 0, curve(2.4))
     store = write_store(tmp_path, [run], index=grid_index([run]) | change)
-    with pytest.raises(InputError, match=r"grids/quickstart\.json: not a grid index"):
+    with pytest.raises(InputError, match=r"grids/quickstart\.json: not an object .*launch the grid again"):
         load(store)
 
 

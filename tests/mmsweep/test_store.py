@@ -286,8 +286,8 @@ def test_a_url_that_is_none(url: str) -> None:
 
 
 def test_the_url_opens_the_same_store_elsewhere(runs: RunStore) -> None:
-    runs.put_config(RUN, {"schema": 1})
-    assert open_store(runs.url).config(RUN) == {"schema": 1}
+    runs.put_config(RUN, {"config": {}})
+    assert open_store(runs.url).config(RUN) == {"config": {}}
 
 
 def complaint(url: str) -> str:
@@ -408,8 +408,8 @@ def test_what_the_service_refuses(s3_answers: Any, status: int, code: str, fix: 
 @pytest.mark.s3
 def test_a_short_outage_goes_unnoticed(s3_answers: Any, aws: pytest.MonkeyPatch) -> None:
     aws.delenv("AWS_MAX_ATTEMPTS")
-    s3_answers.answers = [(503, "SlowDown"), (500, "InternalError"), b'{"attempt":3}']
-    assert open_store("s3://bucket/x").status(RUN) == {"attempt": 3}
+    s3_answers.answers = [(503, "SlowDown"), (500, "InternalError"), b'{"status":"running","attempt":3}']
+    assert open_store("s3://bucket/x").status(RUN) == {"status": "running", "attempt": 3}
     assert s3_answers.requests == 3
 
 
@@ -418,21 +418,25 @@ def test_a_short_outage_goes_unnoticed(s3_answers: Any, aws: pytest.MonkeyPatch)
 
 def test_grids(runs: RunStore, objects: ObjectStore) -> None:
     assert runs.grids() == []
-    runs.put_grid("paper", "name: paper\n", {"schema": 1, "cells": []})
+    paper = {"schema": 1, "name": "paper", "cells": []}
+    runs.put_grid("paper", "name: paper\n", paper)
     runs.put_grid("a.json", "name: a.json\n", {"schema": 2})
     objects.put("grids/Not a name.json", b"{}")
     assert runs.grids() == ["a.json", "paper"]
-    assert runs.grid_index("paper") == {"schema": 1, "cells": []}
+    assert runs.grid_index("paper") == paper
     assert objects.get("grids/paper.yaml") == b"name: paper\n"
     with pytest.raises(NotFound):
         runs.grid_index("other")
+
+
+SUMMARY = {"status": "completed", "steps": 3, "horizon": 3, "final_val_loss": math.nan, "attempts": 9}
 
 
 def test_documents(runs: RunStore) -> None:
     assert runs.config(RUN) is runs.status(RUN) is runs.summary(RUN) is None
     runs.put_config(RUN, {"schema": 1, "config": {"arm": "Infinity"}})
     runs.put_status(RUN, {"status": "running", "val_loss": math.inf})
-    runs.put_summary(RUN, {"final_val_loss": math.nan, "verdict": {"rules": [{"value": -math.inf}]}})
+    runs.put_summary(RUN, {**SUMMARY, "verdict": {"rules": [{"value": -math.inf}]}})
     assert runs.config(RUN) == {"schema": 1, "config": {"arm": "Infinity"}}
     assert runs.status(RUN) == {"status": "running", "val_loss": math.inf}
     summary = runs.summary(RUN)
@@ -469,13 +473,14 @@ def test_foreign_things_among_the_runs(runs: RunStore, objects: ObjectStore) -> 
     assert runs.config(RUN) is None
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"[1]", b"null", b'{"a":', b"[" * 100_000])
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"[1]", b"null", b'{"a":', b"[" * 100_000, b'{"a": 1}'])
 def test_garbage_documents(tmp_path: Path, data: bytes) -> None:
     runs = open_store(str(tmp_path))
     for name, read in (("config", runs.config), ("status", runs.status), ("summary", runs.summary)):
         runs.objects.put(f"runs/{RUN}/{name}.json", data)
         with pytest.raises(
-            StoreError, match=rf"^{tmp_path}/runs/{RUN}/{name}\.json: not a JSON object.*away$"
+            StoreError,
+            match=rf"^{tmp_path}/runs/{RUN}/{name}\.json: not an object written by .*away$",
         ):
             read(RUN)
     runs.objects.put("grids/paper.json", data)
@@ -488,9 +493,11 @@ def test_next_attempt(runs: RunStore, objects: ObjectStore) -> None:
     objects.put(f"runs/{RUN}/attempt-002/steps-000000.jsonl", b"")
     objects.put(f"runs/{RUN}/attempt-junk/x", b"")
     assert runs.next_attempt(RUN) == 3
-    runs.put_status(RUN, {"attempt": 7})
+    runs.put_status(RUN, {"status": "running", "attempt": 7})
     assert runs.next_attempt(RUN) == 8
-    runs.put_summary(RUN, {"attempts": 9})
+    runs.put_summary(RUN, SUMMARY)
+    assert runs.next_attempt(RUN) == 10
+    objects.put(f"runs/{RUN}/status.json", b"garbage")  # it is rewritten by the next attempt
     assert runs.next_attempt(RUN) == 10
 
 
