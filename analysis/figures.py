@@ -322,7 +322,11 @@ def _step_axis(ax: Any) -> None:
 
 
 def _named(group: _Group) -> str:
-    return group.label if len(group.label) <= 28 else group.label[:27] + "…"
+    """`arm · lr=0.5 · decay=0` as `arm (0.5, 0)`: the caption names the axes once."""
+    arm, *rest = group.label.split(" · ")
+    values = ", ".join(part.partition("=")[2] or part for part in rest)
+    name = f"{arm} ({values})" if values else arm
+    return name if len(name) <= 34 else name[:33] + "…"
 
 
 def _sample(frames: Frames, groups: Sequence[_Group]) -> str:
@@ -337,7 +341,8 @@ def _sample(frames: Frames, groups: Sequence[_Group]) -> str:
     seeds = sorted(frames.runs.loc[frames.runs["run_id"].isin(ids), "seed"].unique().tolist())
     listed = ", ".join(str(seed) for seed in seeds[:8]) + (", …" if len(seeds) > 8 else "")
     whose = f' of grid "{frames.grid}"' if frames.grid else ""
-    return f"n = {n} run{'s' if n > 1 else ''} ({each}; seeds {listed}){whose}"
+    axes = f", labelled by arm ({', '.join(frames.axes)})" if frames.axes else ""
+    return f"n = {n} run{'s' if n > 1 else ''} ({each}; seeds {listed}){whose}{axes}"
 
 
 def _say(ax: Any, text: str) -> None:
