@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -72,10 +72,10 @@ def _launch(grid: Grid, store: RunStore, address: str | None, *, show: bool) -> 
     if not missing:
         print(f"{grid.name}: all {len(grid.runs)} runs are in {store.url}; nothing to train")
         return _report(store, grid, show=show)
-    total = _total(cost(run) for run in missing.values())
+    price = _total(cost(run) for run in missing.values())
     print(
         f"{grid.name}: {len(grid.runs)} runs, {len(finished)} done, {len(missing)} to train "
-        f"({_amount(total.tokens)} tokens, {_amount(total.flops)}FLOP) into {store.url}",
+        f"({price}) into {store.url}",
         flush=True,
     )
     begun = time.monotonic()
@@ -176,18 +176,11 @@ def _finished(store: RunStore, grid: Grid) -> set[str]:
 # --- what it costs -------------------------------------------------------------------------------
 
 
-class _Total:
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.flops = 0.0
-
-
-def _total(costs: object) -> _Total:
-    total = _Total()
-    for price in costs:  # type: ignore[attr-defined]
-        total.tokens += price.tokens
-        total.flops += price.total
-    return total
+def _total(costs: Iterable[Cost]) -> str:
+    """`3.28 G tokens, 5.1 E FLOP`"""
+    costs = list(costs)
+    tokens, flops = sum(price.tokens for price in costs), sum(price.total for price in costs)
+    return f"{_amount(tokens)} tokens, {_amount(flops)}FLOP"
 
 
 def _dry_run(grid: Grid, store: RunStore) -> int:
@@ -208,8 +201,7 @@ def _dry_run(grid: Grid, store: RunStore) -> int:
     missing = _total(price for run_id, price in costs.items() if run_id not in finished)
     print(
         f"{grid.name}: {len(grid.runs)} runs ({len(grid.cells)} cells), {len(finished)} done in {store.url}, "
-        f"{len(grid.runs) - len(finished)} to train: {_amount(missing.tokens)} tokens, "
-        f"{_amount(missing.flops)}FLOP"
+        f"{len(grid.runs) - len(finished)} to train: {missing}"
     )
     for line in _per_step(grid, costs):
         print(line)
