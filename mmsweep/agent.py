@@ -410,7 +410,7 @@ class AgentProcess:
         if line is None:
             died = {"status": records.FAILED, "reason": "the agent died", "done": True, "retry": True}
             return News(**{**asdict(self._last), **died})
-        self._last = News(**{key: _number(value) for key, value in json.loads(line).items()})
+        self._last = News(**records.with_floats(json.loads(line)))
         return self._last
 
     def close(self) -> None:
@@ -419,10 +419,6 @@ class AgentProcess:
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         self._process.wait()  # the process that detached has long ended
-
-
-def _number(value: Any) -> Any:
-    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from mmsweep.agent import STOP_GRACE_S, Job, News
 from mmsweep.cluster import Capacity, connect
-from mmsweep.grid import Grid, load_grid
+from mmsweep.grid import Cell, Grid, load_grid
 from mmsweep.progress import Board, duration
 from mmsweep.store import RunStore, StoreError, open_store
 from trainers import records
@@ -186,7 +186,7 @@ def _total(costs: Iterable[Cost]) -> str:
 def _dry_run(grid: Grid, store: RunStore) -> int:
     finished = _finished(store, grid)
     costs = {run_id: cost(run) for run_id, run in grid.runs.items()}
-    axes = {run_id: _axes(grid, run_id) for run_id in grid.runs}
+    axes = _axes(grid)
     table = Table(box=None, pad_edge=False, show_edge=False)
     for name in ("run", "arm", "seed", *grid.axes, "parameters", "steps x tokens", "FLOP", "store"):
         table.add_column(name, justify="left" if name in ("run", "arm", "store") else "right", no_wrap=True)
@@ -208,10 +208,15 @@ def _dry_run(grid: Grid, store: RunStore) -> int:
     return 0
 
 
-def _axes(grid: Grid, run_id: str) -> list[str]:
-    """Axis values of a run; several where cells share it."""
-    cells = [cell for cell in grid.cells if cell.run_id == run_id]
-    return ["/".join(dict.fromkeys(str(cell.axes[path]) for cell in cells)) for path in grid.axes]
+def _axes(grid: Grid) -> dict[str, list[str]]:
+    """Axis values by run; several where cells share it."""
+    cells: dict[str, list[Cell]] = {}
+    for cell in grid.cells:
+        cells.setdefault(cell.run_id, []).append(cell)
+    return {
+        run_id: ["/".join(dict.fromkeys(str(cell.axes[path]) for cell in shared)) for path in grid.axes]
+        for run_id, shared in cells.items()
+    }
 
 
 def _state(store: RunStore, run_id: str) -> str:

@@ -41,6 +41,7 @@ from trainers.records import (
     SUMMARY,
     dumps,
     parse_part,
+    with_floats,
 )
 
 __all__ = [
@@ -121,7 +122,7 @@ class _Measured(_Shape):
 
     @staticmethod
     def restore(value: Any) -> Any:
-        return _with_floats(value)
+        return with_floats(value)
 
 
 class _Cell(_Shape):
@@ -562,14 +563,3 @@ def _verified_or_set_aside(folder: Path) -> bool:
         (target / "reason.json").write_text(dumps({"step": int(folder.name), "reason": str(error)}) + "\n")
         return False
     return True
-
-
-def _with_floats(value: Any) -> Any:
-    """The inverse of `dumps` for non-finite floats."""
-    if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
-        return float(value)
-    if isinstance(value, list):
-        return [_with_floats(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _with_floats(item) for name, item in value.items()}
-    return value
