@@ -6,21 +6,26 @@ from trainers.manifold.manifolds import (
     constrained_part,
     distance,
     retract,
+    spectral_norm,
     tangency_residual,
     tangent_project,
 )
-from trainers.manifold.msign import msign
-from trainers.manifold.solvers import SOLVERS, solve
+from trainers.manifold.msign import METHODS, default_dtype, msign
+from trainers.manifold.solvers import DUAL_IMPLS, SOLVERS, solve
 
 __all__ = [
+    "DUAL_IMPLS",
     "MANIFOLDS",
+    "METHODS",
     "RETRACTIONS",
     "SOLVERS",
     "constrained_part",
+    "default_dtype",
     "distance",
     "msign",
     "retract",
     "solve",
+    "spectral_norm",
     "tangency_residual",
     "tangent_project",
 ]

@@ -12,35 +12,47 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainers.manifold.msign import NEAR, msign, polar_near
+from trainers.manifold.msign import (
+    COARSE,
+    NEAR,
+    apply_correction,
+    gram,
+    gram_error,
+    inverse_root,
+    msign,
+    nonzero,
+    polar_near,
+    product,
+)
 
-Manifold = Literal["none", "stiefel", "dgram", "oblique"]
-MANIFOLDS: tuple[Manifold, ...] = ("none", "stiefel", "dgram", "oblique")
+Manifold = Literal["none", "stiefel", "dgram", "oblique", "spectral"]
+MANIFOLDS: tuple[Manifold, ...] = ("none", "stiefel", "dgram", "oblique", "spectral")
 RETRACTIONS: dict[str, tuple[str, ...]] = {
     "none": (),
     "stiefel": ("polar",),
     "dgram": ("svd_sorted", "column_norm"),
     "oblique": ("normalize",),
+    "spectral": ("scale",),
 }
 """Retractions by manifold; the first is the default."""
 
-_POLAR_STEPS = 20
-"""Polar Express steps that turn singular values down to 1e-6 of the Frobenius norm into 1: a Gaussian
-matrix of width 768, the start of every run, has some at 1e-5, and ten steps leave them far below 1."""
+_POLAR_STEPS = 14
+"""`gram` steps that turn singular values down to 1e-6 of the Frobenius norm into 1: a Gaussian matrix of
+width 768, the start of every run, has some at 1e-5, which fewer steps leave far below 1."""
 
 
 def constrained_part(
     M: Tensor,  # (..., n, n), symmetric
     manifold: str,
 ) -> Tensor:  # (..., n, n)
-    """P(M): all of M (stiefel), its off-diagonal part (dgram), its diagonal (oblique), 0 (none)."""
+    """P(M): all of M (stiefel), its off-diagonal part (dgram), its diagonal (oblique), 0 (none, spectral)."""
     if manifold == "stiefel":
         return M
     if manifold == "dgram":
         return M - torch.diag_embed(M.diagonal(dim1=-2, dim2=-1))
     if manifold == "oblique":
         return torch.diag_embed(M.diagonal(dim1=-2, dim2=-1))
-    if manifold == "none":
+    if manifold in ("none", "spectral"):  # a norm that is rescaled leaves every direction open
         return torch.zeros_like(M)
     raise ValueError(f"unknown manifold {manifold!r}; known: {', '.join(MANIFOLDS)}")
 
@@ -48,9 +60,11 @@ def constrained_part(
 def gram_differential(
     W: Tensor,  # (..., m, n)
     A: Tensor,  # (..., m, n)
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:  # (..., n, n)
     """WᵀA + AᵀW, symmetric to the bit. W and A tall."""
-    M = W.mT @ A
+    M = product(W.mT, A, dtype).to(A.dtype)
     return M + M.mT
 
 
@@ -64,25 +78,32 @@ def tangency_residual(
     return constrained_part(gram_differential(W, A), manifold).square().mean(dim=(-2, -1)).sqrt()
 
 
+def tangent_weights(W: Tensor) -> Tensor:  # (..., m, n) -> (..., n, n)
+    """`1 / (d_i² + d_j²)` with `d_j` the norm of column j of a tall W; 0 where both columns are 0."""
+    squares = W.square().sum(dim=-2)
+    sums = squares.unsqueeze(-1) + squares.unsqueeze(-2)
+    return torch.where(sums > 0, 1 / sums, 0.0)
+
+
 def tangent_project(
     W: Tensor,  # (..., m, n), on the manifold
     A: Tensor,  # (..., m, n)
     manifold: str,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:  # (..., m, n)
     """Orthogonal projection of A on the tangent space at W.
 
     `A - W (w ∘ P(WᵀA + AᵀW))` with `w_ij = 1/(d_i² + d_j²)`, `d_j` the norm of column j; exact
     where the columns of W are orthogonal, and for `oblique` always. A zero column constrains
-    nothing and is left alone.
+    nothing and is left alone. `dtype` is the arithmetic of the two products, None is A's own.
     """
-    if manifold == "none":
+    if manifold in ("none", "spectral"):
         return A.clone()
     wide = A.size(-2) < A.size(-1)
     W, A = _tall(W), _tall(A)
-    squares = W.square().sum(dim=-2)  # (..., n)
-    weights = squares.unsqueeze(-1) + squares.unsqueeze(-2)
-    weights = torch.where(weights > 0, 1 / weights, 0.0)
-    T = A - W @ (weights * constrained_part(gram_differential(W, A), manifold))
+    multiplier = tangent_weights(W) * constrained_part(gram_differential(W, A, dtype=dtype), manifold)
+    T = A - product(W, multiplier, dtype)
     return T.mT if wide else T
 
 
@@ -92,18 +113,20 @@ def retract(
     *,
     method: str | None = None,
     radius: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:  # (..., m, n), on the manifold
     """Bring V back to the manifold, in V's own precision.
 
     Args:
-        manifold: `stiefel`: polar factor of V. `oblique`: columns of unit norm. `none`: V itself.
-            `dgram`: see `method`.
+        manifold: `stiefel`: polar factor of V. `oblique`: columns of unit norm. `spectral`: V divided
+            by its largest singular value. `none`: V itself. `dgram`: see `method`.
         method: for `dgram`, `svd_sorted` (paper: `U S Qᵀ -> (U Qᵀ) diag(S)`, which hands the
             singular values to the columns in descending order and so moves even a V that is on the
             manifold) or `column_norm` (`Q` the polar factor of V with its columns scaled to unit
             norm, `W = Q diag(Qᵀ V)`, which leaves such a V alone). None is the manifold's default.
         radius: an upper bound on ‖V - W‖₂ for some W on the manifold, if one is known (a step's
-            length): makes `stiefel` cheaper and changes nothing else.
+            length): makes `stiefel` and `column_norm` cheaper and changes nothing else.
+        dtype: arithmetic of the corrections of a V that is near; see `polar_near`.
 
     NaN or Inf in V gives NaN. A V without full rank has no polar factor: on a CPU the result is on
     the manifold all the same, elsewhere its null directions stay 0.
@@ -121,20 +144,87 @@ def retract(
     wide = V.size(-2) < V.size(-1)
     V = _tall(V)
     if manifold == "oblique":
-        W: Tensor = torch.nn.functional.normalize(V, dim=-2)
+        W: Tensor = _unit_columns(V)
+    elif manifold == "spectral":
+        sigma = spectral_norm(V)[..., None, None]
+        W = V / nonzero(sigma)
     elif manifold == "stiefel":
-        W = _polar(V) if radius is None or radius > NEAR else polar_near(V, radius)
+        W = _polar(V) if radius is None or radius > NEAR else polar_near(V, radius, dtype=dtype)
     elif method == "column_norm":
-        Q = _polar(torch.nn.functional.normalize(V, dim=-2))
+        Q = _column_polar(V, radius, dtype)
         W = Q * (Q * V).sum(dim=-2, keepdim=True)
     else:
         W = _svd_sorted(V)
     return W.mT if wide else W
 
 
+def spectral_norm(
+    X: Tensor,  # (..., m, n)
+    *,
+    squarings: int = 16,
+) -> Tensor:  # (...)
+    """σ_max of X, by power iteration: `squarings` of XᵀX make 2^squarings steps from every start at once.
+
+    With P the normalised power, tr(P XᵀX) / tr(P) is a mean of squared singular values that weighs
+    them by their own power: 16 squarings leave an error below 1e-4 however small the gap, 5 some percent.
+    """
+    X = _tall(X)
+    largest = X.abs().amax(dim=(-2, -1), keepdim=True)
+    X = X / nonzero(largest)
+    K = X.mT @ X
+    P = K
+    for _ in range(squarings):
+        trace = P.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        P = P / nonzero(trace)
+        P = P @ P
+    trace = P.diagonal(dim1=-2, dim2=-1).sum(-1)
+    square: Tensor = (P * K).sum(dim=(-2, -1)) / nonzero(trace)
+    return square.clamp_min(0).sqrt() * largest.squeeze(-1).squeeze(-1)
+
+
 def _polar(V: Tensor) -> Tensor:
     """Converged polar factor; by matrix products alone on a GPU, where factorisations are slow."""
-    return _lapack_factors(V)[0] if V.device.type == "cpu" else msign(V, steps=_POLAR_STEPS)
+    return _lapack_factors(V)[0] if V.device.type == "cpu" else msign(V, steps=_POLAR_STEPS, method="gram")
+
+
+def _unit_columns(V: Tensor) -> Tensor:
+    """V with columns of norm 1; a zero column stays zero."""
+    V = V / nonzero(V.abs().amax(dim=(-2, -1), keepdim=True))  # the square of a float32 may not be one
+    return V / nonzero(V.square().sum(dim=-2, keepdim=True).sqrt())
+
+
+_NEAR_GRAM = 1.3
+"""‖E‖ up to which Newton-Schulz on I + E converges (it diverges from 1.34 up)."""
+_NEAR_STEPS = 5
+
+
+def _column_polar(V: Tensor, radius: float | None, dtype: torch.dtype | None) -> Tensor:
+    """Polar factor of V with its columns scaled to unit norm.
+
+    After a step these columns are nearly orthogonal. How nearly depends on the norms they had, which
+    the host does not know, so on a CPU the error is read, and on a GPU five Newton-Schulz steps bring
+    in all that is within their reach; a V beyond it is scaled into it, and reaches the manifold over
+    the next steps.
+    """
+    U = _unit_columns(V)
+    if radius is None or radius > NEAR:
+        return _polar(U)
+    if radius > COARSE:
+        dtype = None
+    batch = U.reshape(-1, *U.shape[-2:])
+    E = gram_error(batch)
+    size = E.norm(dim=(-2, -1), keepdim=True)
+    if V.device.type == "cpu":
+        largest = float(size.amax())
+        if not largest < 2 * NEAR:
+            return _polar(U)
+        if largest > COARSE * U.size(-1) ** 0.5:
+            dtype = None
+    else:
+        scale = ((1 + size) / (1 + _NEAR_GRAM)).clamp_min(1.0)
+        batch, E = batch * scale.rsqrt(), E / scale
+        E.diagonal(dim1=-2, dim2=-1).add_((1 / scale - 1).squeeze(-1))
+    return apply_correction(batch, inverse_root(E, _NEAR_STEPS, dtype), dtype).reshape(U.shape)
 
 
 def _svd_sorted(V: Tensor) -> Tensor:
@@ -158,10 +248,10 @@ def _lapack_factors(V: Tensor) -> tuple[Tensor, Tensor]:
     """
     finite = torch.isfinite(V).all(dim=(-2, -1), keepdim=True)
     D = torch.where(finite, V, 0.0).double()
-    squares, Q = torch.linalg.eigh(D.mT @ D)
+    squares, Q = torch.linalg.eigh(gram(D))
     smallest, largest = squares[..., 0], squares[..., -1]
     if bool((smallest > _SAFE_SQUARE * largest).all()) and bool(torch.isfinite(Q).all()):
-        polar = D @ (Q * squares.rsqrt().unsqueeze(-2)) @ Q.mT
+        polar = D @ (Q * squares.rsqrt().unsqueeze(-2) @ Q.mT)
         sigma = squares.sqrt().flip(-1)
     else:
         U, sigma, Qt = torch.linalg.svd(D, full_matrices=False)
@@ -176,7 +266,7 @@ def svd_sorted_without_svd(
 
     Equal to the SVD's result where no singular value is below 1e-6 of the Frobenius norm.
     """
-    Q = msign(V, steps=_POLAR_STEPS)
+    Q = msign(V, steps=_POLAR_STEPS, method="gram")
     # The Gram matrix squares the condition number, hence float64.
     gram = V.mT.double() @ V.double()
     squares = torch.linalg.eigvalsh(torch.where(torch.isfinite(gram), gram, 0.0))  # Q has the NaN
@@ -188,8 +278,11 @@ def distance(
     W: Tensor,  # (..., m, n)
     manifold: str,
 ) -> Tensor:  # (...)
-    """Frobenius norm of the violated part of the Gram matrix: ‖P(WᵀW - I)‖, for dgram ‖Off(WᵀW)‖."""
+    """Frobenius norm of the violated part of the Gram matrix: ‖P(WᵀW - I)‖, for dgram ‖Off(WᵀW)‖;
+    for spectral |σ_max - 1|, for none 0."""
     W = _tall(W)
+    if manifold == "spectral":
+        return (spectral_norm(W) - 1).abs()
     gram = W.mT @ W
     if manifold != "dgram":
         gram = gram - torch.eye(gram.size(-1), dtype=W.dtype, device=W.device)

@@ -1,15 +1,23 @@
-"""The matrix sign `msign(X) = U Vᵀ` of the compact SVD `X = U S Vᵀ`: the polar factor of X."""
+"""The matrix sign `msign(X) = U Vᵀ` of the compact SVD `X = U S Vᵀ`: the polar factor of X.
+
+Everything here is matrix products: half precision and batches are welcome, factorisations are not.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Method = Literal["polar_express", "gram", "newton_schulz"]
+METHODS: tuple[Method, ...] = ("polar_express", "gram", "newton_schulz")
+Triple = tuple[float, float, float]
+
 # Polar Express, degree 5 (Amsel et al., arXiv 2505.16932, Algorithm 1): optimal for singular
 # values in [1e-3, 1]; the last triple is the limit and repeats.
-_POLAR_EXPRESS = (
+_POLAR_EXPRESS: tuple[Triple, ...] = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
@@ -19,78 +27,327 @@ _POLAR_EXPRESS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
-_SAFETY = 1.01  # the paper's margin for rounding, on all triples but the last and on the norm
+_SAFETY = 1.01
+"""The paper's margin for rounding, on all triples but the last and on the norm."""
+
+_GRAM_SAFETY = {torch.bfloat16: 1.07}
+"""`gram` in bfloat16 needs more: a polynomial rises steeply above its interval, and rounding in the
+composed Gram matrix is some percent. Of 4,000 random spectra some 6% overflow with 1.01, one is off with
+1.05, none from 1.06 up; the accuracy is the same."""
 
 _LIMIT = _POLAR_EXPRESS[-1]  # p(1 + e) = 1 + O(e³): what to iterate once singular values are near 1
 
-POLAR_EXPRESS_STEPS = 10
-"""Steps of the published Manifold Muon code."""
+_MUON: Triple = (3.4445, -4.7750, 2.0315)
+"""Keller Jordan's Newton-Schulz triple, as in `torch.optim.Muon`. It is steep at 0 and has no fixed
+point at 1: singular values land in .7 to 1.2."""
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
-def polar_express_coefficients(steps: int) -> list[tuple[float, float, float]]:
-    """`steps` triples (a, b, c) of `p(x) = a x + b x³ + c x⁵`, safety margin included."""
-    safe = [(a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-1]]
-    return (safe + [_POLAR_EXPRESS[-1]] * steps)[:steps]
+def default_dtype(like: Tensor) -> torch.dtype:
+    """Arithmetic of `msign` where none is named: half precision where the device has matrix units for
+    it and X is float32, else X's own. float16 on CUDA (eight times as accurate as bfloat16 at its
+    price), bfloat16 on a CPU that multiplies it natively (float16 is a hundred times slower there).
+    """
+    if like.dtype != torch.float32:
+        return like.dtype
+    if like.device.type == "cuda":
+        return torch.float16
+    if like.device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else torch.float32
+    return torch.float32
+
+
+def default_steps(method: str, dtype: torch.dtype) -> int:
+    """Iterations after which a method is converged for singular values down to 1e-3 of the norm."""
+    if method == "gram":
+        return 6 if dtype in _HALF else 8
+    return {"polar_express": 10, "newton_schulz": 5}[method]
 
 
 def msign(
     X: Tensor,  # (..., m, n)
     *,
-    steps: int = POLAR_EXPRESS_STEPS,
+    steps: int | None = None,
     dtype: torch.dtype | None = None,
+    method: str = "polar_express",
 ) -> Tensor:  # (..., m, n), in X's dtype
-    """Polar factor of X by the Polar Express iteration (arXiv 2505.16932).
+    """Polar factor of X. Its scale does not matter.
 
     Args:
-        X: one matrix or a batch, tall or wide. Its scale does not matter.
-        steps: iterations; singular values above 1e-3 of the Frobenius norm are 1 to rounding
-            after 10. Zero singular values stay 0, so the result is a partial isometry.
+        X: one matrix or a batch, tall or wide.
+        steps: iterations; None is `default_steps`. More are never worse.
         dtype: arithmetic of the iteration; None keeps X's.
+        method: `polar_express` is the published iteration, on X itself (arXiv 2505.16932).
+            `gram` is the same polynomials, two or three at a time on XᵀX before X is touched again:
+            half the arithmetic for a tall X, and fewer steps, because the scale comes from
+            ‖(XᵀX)²‖ instead of ‖X‖. `newton_schulz` is Muon's own, cheaper and never converged.
 
-    NaN or Inf in X gives NaN in that matrix of the batch and no other.
+    Zero singular values stay 0, so the result is a partial isometry; σ_max <= 1.01 in float32 and
+    1.02 in half precision (`newton_schulz`: 1.3). NaN or Inf in X gives NaN in that matrix of the
+    batch and no other.
+
+    Raises:
+        ValueError: unknown method, or fewer than one step.
     """
+    if method not in METHODS:
+        raise ValueError(f"unknown msign method {method!r}; known: {', '.join(METHODS)}")
+    dtype = dtype or X.dtype
+    steps = default_steps(method, dtype) if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"msign needs at least one step, got {steps}")
     wide = X.size(-2) < X.size(-1)
-    Y = (X.mT if wide else X).to(dtype or X.dtype)
-    norm = Y.norm(dim=(-2, -1), keepdim=True)
-    Y = Y / (norm * _SAFETY).masked_fill(norm == 0, 1.0)  # a zero matrix stays zero
-    Y = _iterate(Y, polar_express_coefficients(steps)).to(X.dtype)
+    tall = (X.mT if wide else X).reshape(-1, max(X.shape[-2:]), min(X.shape[-2:]))
+    if method == "gram":
+        Y, _ = _gram_iterate(tall, steps, dtype)
+    else:
+        muon = method == "newton_schulz"
+        unit, _ = _unit_norm(tall, 1.0 if muon else 1 / _SAFETY)
+        Y = _iterate(unit.to(dtype), [_MUON] * steps if muon else polar_express_coefficients(steps))
+    Y = Y.to(X.dtype).reshape(X.mT.shape if wide else X.shape)
     return Y.mT if wide else Y
 
 
+def msign_and_root(
+    X: Tensor,  # (B, m, n), m >= n
+    *,
+    steps: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # (B, m, n), (B, n, n)
+    """`msign(X, method="gram")` and `(XᵀX)^(-1/2)`, which that iteration passes on its way.
+
+    Directions of X with singular values below what `steps` converge get less than their share of the
+    root, never more: it is bounded also where X loses rank.
+    """
+    dtype = dtype or X.dtype
+    Y, root = _gram_iterate(X, steps or default_steps("gram", dtype), dtype, root=True)
+    assert root is not None
+    return Y.to(X.dtype), root.to(X.dtype)
+
+
+def polar_express_coefficients(steps: int, safety: float = _SAFETY) -> list[Triple]:
+    """`steps` triples (a, b, c) of `p(x) = a x + b x³ + c x⁵`, safety margin included."""
+    safe = [(a / safety, b / safety**3, c / safety**5) for a, b, c in _POLAR_EXPRESS[:-1]]
+    return (safe + [_POLAR_EXPRESS[-1]] * steps)[:steps]
+
+
+def gram_groups(m: int, n: int, steps: int, *, half: bool) -> list[int]:
+    """How many polynomials `gram` composes before it touches X again.
+
+    A group of g costs 4mn² + (1, 5, 9)[g - 1] 2n³, so composing pays where m > 1.5 n. Rounding in
+    the composed Gram matrix grows with g: half precision bears two (three give NaN on real
+    momentum), float32 three.
+    """
+    if 2 * max(m, n) <= 3 * min(m, n):
+        return [1] * steps
+    size = 2 if half else 3
+    return [size] * (steps // size) + ([steps % size] if steps % size else [])
+
+
+def gram(
+    X: Tensor,  # (..., m, n)
+) -> Tensor:  # (..., n, n)
+    """XᵀX. On a CPU a large one is computed in column blocks, of which the lower ones are mirrored
+    (two thirds of the arithmetic for n = 768), and one matrix at a time, which there costs nothing."""
+    n = X.size(-1)
+    blocks = next((k for k in (3, 2) if n % k == 0 and n >= 256 * k), 1)
+    if X.device.type != "cpu" or blocks == 1:
+        return X.mT @ X
+    R = X.new_empty(*X.shape[:-2], n, n)
+    for x, r in zip(X.reshape(-1, *X.shape[-2:]), R.view(-1, n, n), strict=True):
+        for k in range(blocks):
+            i, j = k * n // blocks, (k + 1) * n // blocks
+            r[i:j, i:] = x[:, i:j].mT @ x[:, i:]
+            r[j:, i:j] = r[i:j, j:].mT
+    return R
+
+
+def product(A: Tensor, B: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # (B, m, k), (B, k, n)
+    """A B, multiplied in `dtype`, which is also the result's; None is A's."""
+    A, B = A.to(dtype or A.dtype), B.to(dtype or B.dtype)
+    # One matrix alone: bmm would copy a transposed operand first.
+    return (A[0] @ B[0]).unsqueeze(0) if A.ndim == 3 and A.size(0) == 1 else A @ B
+
+
+def nonzero(x: Tensor) -> Tensor:
+    """x as a divisor: its zeros replaced by 1."""
+    return x.masked_fill(x == 0, 1.0)
+
+
+def _size(X: Tensor) -> Tensor:  # (B, m, n) -> (B, 1, 1)
+    """Frobenius norm, summed in float32 at least."""
+    norm: Tensor = X.norm(dim=(-2, -1), keepdim=True, dtype=torch.float32 if X.dtype in _HALF else None)
+    return norm
+
+
+def _unit_norm(X: Tensor, norm: float) -> tuple[Tensor, Tensor]:
+    """X scaled to a Frobenius norm, and the factor (B, 1, 1); a zero matrix stays zero.
+
+    By the largest entry first: squares of float32 numbers need not be float32 numbers.
+    """
+    largest = X.abs().amax(dim=(-2, -1), keepdim=True)
+    inverse = 1 / nonzero(largest)
+    Y = X * inverse
+    size = _size(Y)
+    factor = (norm / nonzero(size)).to(X.dtype)
+    return Y.mul_(factor), factor * inverse
+
+
+def _iterate(Y: Tensor, coefficients: Sequence[Triple]) -> Tensor:
+    """`Y <- a Y + b Y K + c Y K²` with K = YᵀY, for each triple; Y (B, m, n), tall."""
+    for a, b, c in coefficients:
+        R = gram(Y)
+        Y = torch.baddbmm(Y, Y, torch.baddbmm(R, R, R, beta=b, alpha=c), beta=a)
+    return Y
+
+
+def _gram_iterate(
+    X: Tensor,  # (B, m, n), m >= n
+    steps: int,
+    dtype: torch.dtype,
+    *,
+    root: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Polar Express on K = YᵀY in groups: with p(x) = x z(x²), Z = z(K), the next K is Z K Z, and
+    after a group Y becomes Y Z₁ … Z_g. (The composition restarts from Y because rounding makes the
+    carried K drift from YᵀY.)"""
+    m, n = X.shape[-2:]
+    # σ_max <= n^(1/4) keeps K and K² within float16's range; the true scale follows from K².
+    Y, factor = _unit_norm(X, n**0.25)
+    Y = Y.to(dtype)
+    triples = iter(polar_express_coefficients(steps, _GRAM_SAFETY.get(dtype, _SAFETY)))
+    total: Tensor | None = None
+    first = True
+    for size in gram_groups(m, n, steps, half=dtype in _HALF):
+        K = gram(Y)
+        group: Tensor | None = None
+        for j in range(size):
+            a, b, c = next(triples)
+            if first:
+                Z, first = _scaled_step(K, a, b, c), False
+            else:
+                Z = torch.baddbmm(K, K, K, beta=b, alpha=c)
+                Z.diagonal(dim1=-2, dim2=-1).add_(a)
+            group = Z if group is None else group @ Z
+            if j < size - 1:
+                K = Z @ (K @ Z)
+        assert group is not None
+        Y = Y @ group
+        if root:
+            total = group if total is None else total @ group
+    if total is not None:
+        total = total.to(X.dtype)
+        total = (total + total.mT) * (0.5 * factor)
+    return Y, total
+
+
+def _scaled_step(K: Tensor, a: float, b: float, c: float) -> Tensor:
+    """z(K / s) / √s for an s >= ‖K‖₂: ‖K²‖_F^(1/2) is above it by n^(1/4) at most, where the trace,
+    the square of the Frobenius norm of Y, may be above it by n."""
+    square = gram(K)
+    t = nonzero(_size(square)).pow(-0.25) / _SAFETY  # 1 / σ_max of Y, or less
+    if K.dtype not in _HALF:
+        Z = K * (b * t**3) + square * (c * t**5)
+        Z.diagonal(dim1=-2, dim2=-1).add_(a * t.squeeze(-1))
+        return Z
+    Z = K.float() * (b * t**3) + square.float() * (c * t**5)
+    Z.diagonal(dim1=-2, dim2=-1).add_(a * t.squeeze(-1))
+    return Z.to(K.dtype)
+
+
+# --- near the manifold ---------------------------------------------------------------------------
+
 NEAR = 0.5
-"""Largest radius that `polar_near` takes; its iteration diverges from 0.53 up."""
+"""Largest radius at which `polar_near` is the polar factor."""
+
+CONVERGED = 1e-7
+"""Distance of singular values from 1 at which the iterations near the manifold stop. Half precision,
+whose noise is larger, stops at 3e-5; what is left is measured, and corrected, in the next step."""
+
+COARSE = 0.05
+"""Largest radius at which corrections may be in half precision: their noise is 2e-3 of them."""
 
 
 def polar_near(
     X: Tensor,  # (..., m, n), m >= n
     radius: float,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:  # (..., m, n)
     """Polar factor of an X with all singular values in [1 - radius, 1 + radius], radius <= NEAR.
 
-    Takes as many Newton-Schulz steps as the ends of that interval need to come within 1e-7 of 1,
-    which is one to five.
+    Newton-Schulz in delta form: with E = XᵀX - I, `X + X D(E)`, where D is a polynomial that is
+    iterated on E alone. One product of X with itself and one with D, whatever the number of steps,
+    and an X that is there already is left alone to rounding, however coarse `dtype` is.
+
+    Args:
+        dtype: arithmetic of all but E, which is computed in X's; None is X's. Half precision adds a
+            noise of 2e-3 of the correction, not of X, and is not used above radius COARSE.
     """
-    return _iterate(X, [_LIMIT] * steps_from(radius))
+    shape = X.shape
+    X = X.reshape(-1, *shape[-2:])
+    if radius > COARSE:
+        dtype = None
+    tolerance = 3e-5 if dtype in _HALF else CONVERGED
+    D = inverse_root(gram_error(X), steps_from(radius, tolerance), dtype)
+    return apply_correction(X, D, dtype).reshape(shape)
 
 
-def steps_from(radius: float) -> int:
-    """Newton-Schulz steps that `polar_near` takes. Raises ValueError beyond NEAR."""
+def gram_error(X: Tensor) -> Tensor:  # (B, m, n) -> (B, n, n)
+    """E = XᵀX - I."""
+    E = gram(X)
+    E.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    return E
+
+
+def inverse_root(
+    E: Tensor,  # (B, n, n), symmetric
+    steps: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # (B, n, n)
+    """D with `I + D ≈ (I + E)^(-1/2)`, by `steps` Newton-Schulz steps (15/8, -10/8, 3/8) at most.
+
+    Each takes `Z = I - E/2 + 3/8 E²`, and leaves `E' = 5/8 E³ - 15/64 E⁴ + 9/64 E⁵`. On a CPU, where
+    reading a number costs nothing, they end when E' would be rounding.
+    """
+    dtype = dtype or E.dtype
+    D = torch.zeros_like(E)
+    for k in range(steps):
+        F = E.to(dtype)
+        square = product(F, F)
+        Z = torch.add(0.375 * square, E, alpha=-0.5)
+        D = Z if k == 0 else D + Z + product(D, Z, dtype)
+        if k == steps - 1 or (E.device.type == "cpu" and _is_rounding(square, dtype)):
+            break
+        E = product(square, torch.baddbmm(0.625 * F - (15 / 64) * square, F, square, alpha=9 / 64)).to(
+            E.dtype
+        )
+    return D
+
+
+def _is_rounding(square: Tensor, dtype: torch.dtype) -> bool:
+    """Whether E' is below what `dtype` resolves: ‖E³‖_F <= ‖E²‖_F^(3/2)."""
+    left = 0.625 * float(_size(square).amax()) ** 1.5
+    return bool(left < (1e-5 if dtype in _HALF else 1e-8) * square.size(-1) ** 0.5)
+
+
+def apply_correction(X: Tensor, D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """X + X D."""
+    return X + product(X, D, dtype)
+
+
+def steps_from(radius: float, tolerance: float = CONVERGED) -> int:
+    """Newton-Schulz steps that bring 1 - radius and 1 + radius within a tolerance of 1: one to five.
+
+    Raises ValueError beyond NEAR.
+    """
     if not radius <= NEAR:
         raise ValueError(f"radius {radius} is above {NEAR}")
     a, b, c = _LIMIT
     low, high = 1 - radius, 1 + radius
     steps = 0
-    while max(abs(1 - low), abs(1 - high)) >= 1e-7:
+    while max(abs(1 - low), abs(1 - high)) >= tolerance:
         low, high = (x * (a + b * x**2 + c * x**4) for x in (low, high))
         steps += 1
     return steps
-
-
-def _iterate(Y: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
-    """`Y <- a Y + b Y K + c Y K²` with K = YᵀY, for each triple; Y tall."""
-    shape = Y.shape
-    Y = Y.reshape(-1, *shape[-2:])
-    for a, b, c in coefficients:
-        gram = Y.mT @ Y
-        Y = torch.baddbmm(Y, Y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), beta=a)
-    return Y.reshape(shape)
