@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 RULES = {
     "trainers": ("trainers", {"ray", "boto3", "pandas", "pyarrow", "mmsweep", "analysis"}),
     "planning": (
-        "trainers.config trainers.yamlfile trainers.flops trainers.stability mmsweep.grid",
+        "trainers.config trainers.iterations trainers.yamlfile trainers.flops trainers.stability "
+        "mmsweep.grid",
         {"torch"},
     ),
     "mmsweep": ("mmsweep", {"ray", "boto3", "analysis", "pandas", "torch"}),
@@ -92,3 +93,17 @@ def test_the_readme_s_optimizer_trains_a_model_of_one_s_own():
     for layer in (model[0], model[2]):
         sigma = torch.linalg.svdvals(layer.weight.detach())
         assert torch.allclose(sigma, torch.ones_like(sigma), atol=1e-4)
+
+
+def test_the_optimizer_s_example_runs_as_it_stands():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "optimizer.md").read_text(), re.DOTALL).group(1)
+    torch.manual_seed(0)
+    scope = {}
+    exec(code, scope)
+    assert float(scope["loss"].detach()) < 0.6  # 2 at the start: a shifted unit Gaussian against noise
+    stiefel, dgram = scope["muon"].telemetry()
+    for row in (stiefel, dgram):
+        assert row.distance < 1e-3
+        assert row.direction_norm == pytest.approx(1, abs=0.02)
+    W = scope["matrices"][0].detach()
+    assert torch.allclose(W.mT @ W, torch.eye(32), atol=1e-3)

@@ -13,16 +13,20 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
+from trainers.iterations import default_steps
+
 SCHEMA_VERSION = 1
 """Counts changes of meaning in the config; part of every run's identity."""
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 """Names that become paths or object keys."""
 
-ManifoldName = Literal["none", "stiefel", "dgram", "oblique"]
-SolverName = Literal["dual_ascent", "projected"]
+ManifoldName = Literal["none", "stiefel", "dgram", "oblique", "spectral"]
+SolverName = Literal["dual_ascent", "projected", "exact"]
+MsignName = Literal["polar_express", "gram", "newton_schulz"]
 DgramRetraction = Literal["svd_sorted", "column_norm"]
 Precision = Literal["float32", "bfloat16"]
+MsignPrecision = Literal["float32", "bfloat16", "float16"]
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Whole = Annotated[int, Field(strict=True, ge=0)]
@@ -118,12 +122,21 @@ class MuonConfig(Section):
     solver: SolverName = "dual_ascent"
     dual_steps: Count = 20
     dual_alpha: Positive = 0.1
+    dual_impl: Literal["published", "reduced"] = "published"
+    """The same loop as written, or on 2n rows; see `trainers.manifold.solve`."""
     polish: Flag = False
+    exact_steps: Count | None = None
+    cg_steps: Count = 16
     retraction: DgramRetraction = "svd_sorted"
     """How DGram weights return to the manifold; the others have one retraction."""
-    qkv: Literal["fused"] = "fused"
-    msign_steps: Annotated[int, Field(strict=True, ge=1, le=30)] = 10
-    msign_dtype: Precision | None = None
+    qkv: Literal["fused", "split", "per_head"] = "fused"
+    """What of attention's input weight is one matrix: all of it, each of Q, K and V, or each head of each."""
+    update_scale: Literal["unit", "rows_over_cols"] = "unit"
+    """`rows_over_cols` multiplies updates by √max(1, rows / cols)."""
+    msign: MsignName = "polar_express"
+    msign_steps: Annotated[int, Field(strict=True, ge=1, le=30)] | None = None
+    """None is the method's own number, `trainers.iterations.default_steps`."""
+    msign_dtype: MsignPrecision | None = None
     """None follows the run's precision."""
 
 
@@ -209,6 +222,10 @@ class StabilityConfig(Section):
 class ProbesConfig(Section):
     spectra: Flag = True
     """Singular values and Gram statistics of every attention and MLP matrix at each evaluation."""
+    updates: Flag = True
+    """Tangency, length and effect of Muon's steps, measured inside the optimizer."""
+    updates_every: Count | None = None
+    """Steps from one measured step to the next; None measures the last before each evaluation."""
 
 
 class RuntimeConfig(Section):
@@ -299,17 +316,28 @@ def _unread(run: RunConfig) -> set[str]:
     """Keys of `optimizer.muon` that this run's assignment does not read, or that say the same twice."""
     muon = run.optimizer.muon
     managed = [m for m in (run.assignment.attn, run.assignment.mlp) if m.optimizer == "muon"]
-    constrained = {m.manifold for m in managed} - {"none"}
+    constrained = {m.manifold for m in managed} - {"none", "spectral"}  # the solver's business
     unread = {"weight_decay"}  # said by the modules
     if not managed:
         unread |= set(MuonConfig.model_fields)
+    options = {
+        "dual_ascent": {"dual_steps", "dual_alpha", "dual_impl"},
+        "projected": {"polish"},
+        "exact": {"exact_steps", "cg_steps"},
+    }
+    for solver, names in options.items():
+        if solver != muon.solver or not constrained:
+            unread |= names
     if not constrained:
-        unread |= {"solver", "polish", "dual_steps", "dual_alpha"}
-    unread |= {"polish"} if muon.solver == "dual_ascent" else {"dual_steps", "dual_alpha"}
+        unread |= {"solver"}
     if "dgram" not in constrained:
         unread |= {"retraction"}
+    if run.assignment.attn.optimizer != "muon":
+        unread |= {"qkv"}
     if muon.msign_dtype == run.precision:
         unread |= {"msign_dtype"}
+    if muon.msign_steps == default_steps(muon.msign, muon.msign_dtype or run.precision):
+        unread |= {"msign_steps"}
     return unread
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainers.config import ModelConfig, RunConfig
-
-RETRACTION_STEPS = {"stiefel": 2, "dgram": 20, "oblique": 0, "none": 0}
-"""Polar iterations of a retraction on a GPU; `stiefel` starts near its manifold (2 at lr 0.02)."""
+from trainers.iterations import HALF, default_steps, gram_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +46,53 @@ def forward_flops_per_token(model: ModelConfig) -> float:
     return 2.0 * weights + 4.0 * model.n_layer * model.d_model * model.context
 
 
-def msign_flops(m: int, n: int, steps: int) -> float:
+def msign_flops(m: int, n: int, steps: int, method: str = "polar_express", *, half: bool = True) -> float:
     m, n = max(m, n), min(m, n)
-    return steps * (4.0 * m * n * n + 2.0 * n**3)
+    if method != "gram":
+        return steps * (4.0 * m * n * n + 2.0 * n**3)
+    return sum(4.0 * m * n * n + (4 * g - 3) * 2.0 * n**3 for g in gram_groups(m, n, steps, half=half))
 
 
 def direction_flops(m: int, n: int, manifold: str, run: RunConfig) -> float:
-    """One matrix's direction and retraction."""
+    """One matrix's direction."""
     m, n = max(m, n), min(m, n)
     muon = run.optimizer.muon
-    one = msign_flops(m, n, muon.msign_steps)
+    precision = muon.msign_dtype or run.precision
+    half = precision in HALF
+    steps = muon.msign_steps or default_steps(muon.msign, precision)
+
+    def sign(rows: int, method: str = muon.msign) -> float:
+        return msign_flops(rows, n, steps, method, half=half)
+
     gram = 2.0 * m * n * n
-    if manifold == "none":
-        return one
+    if manifold in ("none", "spectral"):
+        return sign(m)
     if muon.solver == "dual_ascent":
-        solve = gram + muon.dual_steps * (one + 2 * gram)
-    else:
-        solve = one + 2 * gram + (4 * gram if muon.polish else 0.0)
-    return solve + msign_flops(m, n, RETRACTION_STEPS[manifold])
+        if muon.dual_impl == "published" or manifold == "oblique" or n < m < 2 * n:
+            return gram + muon.dual_steps * (sign(m) + 2 * gram)
+        slim = n if m == n else 2 * n
+        return 4 * gram + (muon.dual_steps - 1) * sign(slim) + sign(m)
+    if manifold == "stiefel" and m == n:
+        return sign(m) + 2 * gram
+    if muon.solver == "projected":
+        return sign(m) + 2 * gram + (4 * gram if muon.polish else 0.0)
+    rounds = muon.exact_steps or (3 if manifold == "stiefel" else 2)
+    one_round = sign(m, "gram") + 2 * gram + (2 + muon.cg_steps) * 2.0 * n**3
+    return rounds * one_round + 2 * gram + sign(m)
+
+
+def retraction_flops(m: int, n: int, manifold: str, run: RunConfig) -> float:
+    """One matrix's way back, near its manifold: a Gram matrix, a product, and small ones between.
+
+    `svd_sorted` is counted as on a GPU, by matrix products; a CPU factorises.
+    """
+    m, n = max(m, n), min(m, n)
+    if manifold == "spectral":
+        return 2.0 * m * n * n + 16 * 2.0 * n**3
+    if manifold == "dgram" and run.optimizer.muon.retraction == "svd_sorted":
+        return msign_flops(m, n, 14, "gram", half=False) + 2.0 * m * n * n
+    near = 4.0 * m * n * n + 5 * 2.0 * n**3  # two Newton-Schulz steps
+    return near if manifold in ("stiefel", "dgram") else 0.0
 
 
 def optimizer_step_flops(run: RunConfig) -> float:
@@ -73,7 +100,10 @@ def optimizer_step_flops(run: RunConfig) -> float:
     for kind, shapes in matrices(run.model).items():
         module = getattr(run.assignment, kind)
         if module.optimizer == "muon":
-            total += sum(direction_flops(m, n, module.manifold, run) for m, n in shapes)
+            total += sum(
+                direction_flops(m, n, module.manifold, run) + retraction_flops(m, n, module.manifold, run)
+                for m, n in shapes
+            )
     return run.model.n_layer * total
 
 

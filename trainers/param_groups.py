@@ -79,7 +79,13 @@ def optimizer_groups(
             "retraction": muon.retraction if module.manifold == "dgram" else None,
             "weight_decay": decay,
         }
-        muon_groups.append(_group(kind, members, muon.lr * module.lr_multiplier, **options))
+        peak_lr = muon.lr * module.lr_multiplier
+        stacked = [m for m in members if m[0].endswith(".c_attn.weight") and muon.qkv != "fused"]
+        whole = [m for m in members if m not in stacked]
+        muon_groups.append(_group(kind, whole, peak_lr, **options))
+        if stacked:
+            blocks = 3 * (run.model.n_head if muon.qkv == "per_head" else 1)
+            muon_groups.append(_group(kind, stacked, peak_lr, row_blocks=blocks, **options))
     for kind, decay in (("embedding", adamw.weight_decay), ("norm", 0.0)):
         members = [(p.name, p.parameter) for p in named if p.kind == kind]
         adamw_groups.append(_group(kind, members, adamw.lr, weight_decay=decay))

@@ -114,6 +114,30 @@ class SpectrumRecord(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class UpdateRecord(Record):
+    """What Muon did to one matrix in one step, measured inside the optimizer."""
+
+    kind: ClassVar[str] = "updates"
+    key: ClassVar[tuple[str, ...]] = ("run", "step", "matrix")
+    exact: ClassVar[tuple[str, ...]] = ("residual", "update_ratio")
+
+    matrix: str
+    """Parameter name; with a block number, as in "h.0.attn.c_attn.2", where `qkv` is not fused."""
+    layer: int
+    module: str
+    """"attn" or "mlp"."""
+    manifold: str
+    residual: float
+    """Root mean square of P(WᵀA + AᵀW), 0 for a tangent direction A."""
+    distance: float
+    """Frobenius norm of what P selects of WᵀW - I, after the step: how far W is from its manifold."""
+    direction_norm: float
+    """‖A‖₂, 1 for a converged direction."""
+    update_ratio: float
+    """‖W' - W‖_F / ‖W‖_F."""
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """The end of a run; its file is written last, so its presence means complete."""
 
@@ -139,7 +163,9 @@ class Summary:
     schema: int = RECORD_VERSION
 
 
-RECORD_TYPES: dict[str, type[Record]] = {t.kind: t for t in (StepRecord, EvalRecord, SpectrumRecord)}
+RECORD_TYPES: dict[str, type[Record]] = {
+    t.kind: t for t in (StepRecord, EvalRecord, SpectrumRecord, UpdateRecord)
+}
 KINDS = tuple(RECORD_TYPES)
 
 

@@ -35,6 +35,7 @@ from trainers.models.gpt2 import GPT2
 from trainers.optim import ManifoldMuon
 from trainers.param_groups import NamedParameter, classify, optimizer_groups
 from trainers.probes.spectra import spectrum_records
+from trainers.probes.updates import is_measured, update_records
 from trainers.provenance import code_digest, provenance
 from trainers.records import EvalRecord, PartWriter, Record, StepRecord, Summary
 from trainers.schedule import lr_factor
@@ -43,7 +44,7 @@ from trainers.stability import EARLY_TERMINATION, HARD_SPIKE, Fired, judge
 EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop and saved its state (EX_TEMPFAIL: run it again)."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def train(
@@ -143,7 +144,7 @@ def _set_up(
     model.initialize(run.seed)
     model.to(group.device)
     named = classify(model)
-    state = TrainState(model, _optimizers(named, run), Progress())
+    state = TrainState(model, _optimizers(named, run, group), Progress())
     identity = {"run_id": name, "data": tokens.digest, "code": code_digest()}
     found, remarks = checkpoint.load_newest(run_dir, state, group, identity=identity)
     if not found and "muon" in state.optimizers:
@@ -193,7 +194,9 @@ def _next_attempt(run_dir: Path) -> int:
     return 1 + max((int(match[1]) for match in seen if match), default=0)
 
 
-def _optimizers(named: list[NamedParameter], run: RunConfig) -> dict[str, torch.optim.Optimizer]:
+def _optimizers(
+    named: list[NamedParameter], run: RunConfig, group: Group
+) -> dict[str, torch.optim.Optimizer]:
     muon_groups, adamw_groups = optimizer_groups(named, run)
     muon, adamw = run.optimizer.muon, run.optimizer.adamw
     optimizers: dict[str, torch.optim.Optimizer] = {
@@ -204,11 +207,17 @@ def _optimizers(named: list[NamedParameter], run: RunConfig) -> dict[str, torch.
             muon_groups,
             lr=muon.lr,
             momentum=muon.momentum,
+            update_scale=muon.update_scale,
             dual_steps=muon.dual_steps,
             dual_alpha=muon.dual_alpha,
+            dual_impl=muon.dual_impl,
             polish=muon.polish,
+            exact_steps=muon.exact_steps,
+            cg_steps=muon.cg_steps,
+            msign_method=muon.msign,
             msign_steps=muon.msign_steps,
             msign_dtype=DTYPES[muon.msign_dtype or run.precision],
+            process_group=group.world_size > 1,
         )
     return optimizers
 
@@ -291,6 +300,8 @@ def _train_step(work: _Work, wants_stop: bool) -> tuple[bool, bool]:
     finite = math.isfinite(mean_loss) and math.isfinite(norm)
     if finite:
         for optimizer in state.optimizers.values():
+            if isinstance(optimizer, ManifoldMuon):
+                optimizer.measure = is_measured(run, state.progress.step + 1)
             for parameters in optimizer.param_groups:
                 parameters["lr"] = parameters["peak_lr"] * factor
             optimizer.step()
@@ -316,6 +327,11 @@ def _train_step(work: _Work, wants_stop: bool) -> tuple[bool, bool]:
             time=time.time(),
         )
     )
+    muon = state.optimizers.get("muon")
+    if finite and isinstance(muon, ManifoldMuon) and muon.measure and group.is_main:
+        name = work.identity["run_id"]
+        for record in update_records(muon, work.named, run, name, work.attempt, progress.step):
+            work.log.add(record)
     return finite, stop_votes > 0
 
 

@@ -17,7 +17,7 @@ def dtypes(frame):
 
 
 def long_frames(frames):
-    return {"steps": frames.steps, "evals": frames.evals, "spectra": frames.spectra}
+    return {kind: getattr(frames, kind) for kind in KINDS}
 
 
 def test_a_whole_sweep_is_one_row_per_run_with_its_records(paper_frames):

@@ -31,6 +31,7 @@ from trainers.records import (
     Record,
     SpectrumRecord,
     StepRecord,
+    UpdateRecord,
     encode,
 )
 
@@ -57,6 +58,10 @@ def spectrum(number: int, matrix: str, *, attempt: int = 1) -> SpectrumRecord:
     return SpectrumRecord(
         RUN, attempt, number, matrix, 0, "attn", "stiefel", sigma, 3.0, 0.1, [1.0], 0.5, float("nan")
     )
+
+
+def update(number: int, matrix: str, *, attempt: int = 1) -> UpdateRecord:
+    return UpdateRecord(RUN, attempt, number, matrix, 0, "attn", "stiefel", 0.05, 1e-4, 1.0, 0.02)
 
 
 def write_parts(run_dir: Path, attempt: int, *parts: list[Record]) -> None:
@@ -768,7 +773,11 @@ def only(local: Path, copy: Path) -> Path:
 
 def two_attempts(local: Path) -> None:
     write_parts(local, 1, [step(1), step(2), evaluation(1)], [step(3), spectrum(3, "b"), spectrum(3, "a")])
-    write_parts(local, 2, [step(3, attempt=2), step(4, attempt=2), evaluation(4, attempt=2)])
+    write_parts(
+        local,
+        2,
+        [update(4, "a", attempt=2), step(3, attempt=2), step(4, attempt=2), evaluation(4, attempt=2)],
+    )
 
 
 def test_a_crash_while_compacting(runs: RunStore, objects: ObjectStore, tmp_path: Path) -> None:
@@ -782,13 +791,13 @@ def test_a_crash_while_compacting(runs: RunStore, objects: ObjectStore, tmp_path
         windows += 1
         fresh = RunStore(objects)
         assert {kind: rows(fresh.table(RUN, kind)) for kind in KINDS} == before
-        assert fresh.compact(RUN) == {"steps": 4, "evals": 2, "spectra": 2}
+        assert fresh.compact(RUN) == {"steps": 4, "evals": 2, "spectra": 2, "updates": 1}
         assert {kind: rows(fresh.table(RUN, kind)) for kind in KINDS} == before
         for key in objects.list(""):
             objects.delete(key)
         for key, data in parts.items():
             objects.put(key, data)
-    assert windows == (len(parts) + len(KINDS)) // every_write(objects)
+    assert windows == -(-(len(parts) + len(KINDS)) // every_write(objects))
     assert objects.list("") == [f"runs/{RUN}/{kind}.parquet" for kind in sorted(KINDS)]
 
 
@@ -806,7 +815,7 @@ def test_an_empty_table_is_typed(runs: RunStore) -> None:
         table = runs.table(RUN, kind)
         assert table.num_rows == 0
         assert [(f.name, f.type) for f in table.schema] == [(f.name, arrow[f.type]) for f in fields(record)]
-    assert runs.compact(RUN) == {"steps": 0, "evals": 0, "spectra": 0}
+    assert runs.compact(RUN) == {"steps": 0, "evals": 0, "spectra": 0, "updates": 0}
     assert runs.objects.list("") == []
     assert runs.conflicts(RUN) == []
     with pytest.raises(InputError, match="did you mean"):
@@ -819,8 +828,8 @@ def test_tables_are_the_same_from_parts_and_parquet(
     two_attempts(tmp_path)
     runs.ship(RUN, tmp_path)
     parts = {kind: runs.table(RUN, kind) for kind in KINDS}
-    assert runs.compact(RUN) == {"steps": 4, "evals": 2, "spectra": 2}
-    assert runs.compact(RUN) == {"steps": 4, "evals": 2, "spectra": 2}
+    assert runs.compact(RUN) == {"steps": 4, "evals": 2, "spectra": 2, "updates": 1}
+    assert runs.compact(RUN) == {"steps": 4, "evals": 2, "spectra": 2, "updates": 1}
     for kind, table in parts.items():
         again = runs.table(RUN, kind)
         assert again.schema == table.schema

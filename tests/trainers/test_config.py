@@ -84,7 +84,13 @@ DEFAULTS = {
     "optimizer.muon.dual_alpha": 0.1,
     "optimizer.muon.polish": False,
     "optimizer.muon.retraction": "svd_sorted",
-    "optimizer.muon.msign_steps": 10,
+    "optimizer.muon.dual_impl": "published",
+    "optimizer.muon.exact_steps": None,
+    "optimizer.muon.cg_steps": 16,
+    "optimizer.muon.qkv": "fused",
+    "optimizer.muon.update_scale": "unit",
+    "optimizer.muon.msign": "polar_express",
+    "optimizer.muon.msign_steps": None,  # was 10, which is what it means for polar_express
     "optimizer.muon.msign_dtype": None,
     "optimizer.grad_clip": 1.0,
     "assignment.attn.manifold": "none",
@@ -132,6 +138,7 @@ def test_ids_have_their_form():
 TEXT_FILE = {"data.source": "text", "data.path": "a.txt"}
 HUB = {"data.source": "hf", "data.dataset": "a/b", "data.revision": "1"}
 STOP = {"stability.stop": True}
+EXACT = {"optimizer.muon.solver": "exact"}
 
 # Path: (another value, the setting in which it is read). Changing it is another run.
 SCIENCE = {
@@ -156,6 +163,12 @@ SCIENCE = {
     "optimizer.muon.dual_alpha": (0.2, {}),
     "optimizer.muon.polish": (True, {"optimizer.muon.solver": "projected"}),
     "optimizer.muon.retraction": ("column_norm", {}),
+    "optimizer.muon.dual_impl": ("reduced", {}),
+    "optimizer.muon.exact_steps": (4, EXACT),
+    "optimizer.muon.cg_steps": (8, EXACT),
+    "optimizer.muon.qkv": ("split", {}),
+    "optimizer.muon.update_scale": ("rows_over_cols", {}),
+    "optimizer.muon.msign": ("gram", {}),
     "optimizer.muon.msign_steps": (8, {}),
     "optimizer.muon.msign_dtype": ("bfloat16", {}),
     "optimizer.grad_clip": (2.0, {}),
@@ -181,7 +194,7 @@ SCIENCE = {
 }
 
 # Science with only one value so far.
-SINGLE = {"model.family", "optimizer.muon.qkv"}
+SINGLE = {"model.family"}
 
 # Changing it is the same run. The data counts by its digest alone.
 INFRASTRUCTURE = {
@@ -198,6 +211,8 @@ INFRASTRUCTURE = {
     "data.tokenizer": ("gpt2", {}),
     "data.val_fraction": (0.2, {}),
     "probes.spectra": (False, {}),
+    "probes.updates": (False, {}),
+    "probes.updates_every": (5, {}),
     "runtime.device": ("cpu", {}),
     "runtime.micro_batch": (4, {}),
     "runtime.compile": (True, {}),
@@ -265,7 +280,13 @@ PROJECTED = {"optimizer.muon.solver": "projected"}
         ({}, "optimizer.muon.polish", True),
         (PROJECTED, "optimizer.muon.dual_steps", 5),
         (PROJECTED, "optimizer.muon.dual_alpha", 0.5),
+        (PROJECTED, "optimizer.muon.dual_impl", "reduced"),
+        ({}, "optimizer.muon.exact_steps", 4),
+        (PROJECTED, "optimizer.muon.cg_steps", 4),
+        ({"assignment.attn": {"optimizer": "adamw"}}, "optimizer.muon.qkv", "split"),
         ({}, "optimizer.muon.msign_dtype", "float32"),
+        ({}, "optimizer.muon.msign_steps", 10),
+        ({"optimizer.muon.msign": "gram"}, "optimizer.muon.msign_steps", 8),
         ({}, "assignment.attn.weight_decay", 0.0),
         ({}, "stability.spike_rise", 3.0),
     ],

@@ -120,7 +120,15 @@ def test_a_run_learns_and_leaves_every_record(shards, tmp_path):
     assert [row.step for row in rows(tmp_path, "evals")] == [0, 5, 10, 12]
     spectra = rows(tmp_path, "spectra")
     assert len(spectra) == 4 * 8  # 4 evaluations, 2 layers of 4 matrices
-    assert len(heard) == 12 + 4 + 32
+    updates = rows(tmp_path, "updates")
+    assert sorted({row.step for row in updates}) == [5, 10, 12]
+    assert len(updates) == 3 * 8
+    assert len(heard) == 12 + 4 + 32 + 24
+    for row in updates:
+        assert row.distance < 1e-3
+        assert row.direction_norm == pytest.approx(1, abs=0.02)
+        assert 0 < row.residual < 0.3
+        assert 0 < row.update_ratio < 1
     evals = rows(tmp_path, "evals")
     assert evals[-1].val_loss < evals[0].val_loss - 0.05
     assert evals[0].val_loss == pytest.approx(np.log(256), abs=0.3)
@@ -137,6 +145,17 @@ def test_a_run_learns_and_leaves_every_record(shards, tmp_path):
     provenance = json.loads((tmp_path / "config.json").read_text())["provenance"]
     assert provenance["tokens"] == run.data.digest
     assert provenance["packages"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(("qkv", "blocks"), [("split", 3), ("per_head", 6)])
+def test_queries_keys_and_values_can_be_matrices_of_their_own(shards, tmp_path, qkv, blocks):
+    fields = {"optimizer.muon.qkv": qkv, "probes.updates_every": 6, "schedule.steps": 6}
+    train(config(shards, **fields), tmp_path)
+    matrices = [row.matrix for row in rows(tmp_path, "updates") if row.matrix.startswith("h.1.attn.c_attn")]
+    assert matrices == [f"h.1.attn.c_attn.{k}" for k in range(blocks)]
+    W = weights(tmp_path)["h.1.attn.c_attn.weight"]
+    for part in W.view(blocks, -1, 16):
+        assert torch.allclose(part @ part.mT, torch.eye(len(part)), atol=1e-3)
 
 
 def test_evaluation_and_probes_never_change_training(shards, tmp_path):

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trainers.iterations import default_steps, gram_groups
+
 Method = Literal["polar_express", "gram", "newton_schulz"]
 METHODS: tuple[Method, ...] = ("polar_express", "gram", "newton_schulz")
 Triple = tuple[float, float, float]
@@ -59,13 +61,6 @@ def default_dtype(like: Tensor) -> torch.dtype:
     return torch.float32
 
 
-def default_steps(method: str, dtype: torch.dtype) -> int:
-    """Iterations after which a method is converged for singular values down to 1e-3 of the norm."""
-    if method == "gram":
-        return 6 if dtype in _HALF else 8
-    return {"polar_express": 10, "newton_schulz": 5}[method]
-
-
 def msign(
     X: Tensor,  # (..., m, n)
     *,
@@ -77,7 +72,7 @@ def msign(
 
     Args:
         X: one matrix or a batch, tall or wide.
-        steps: iterations; None is `default_steps`. More are never worse.
+        steps: iterations; None is `trainers.iterations.default_steps`. More are never worse.
         dtype: arithmetic of the iteration; None keeps X's.
         method: `polar_express` is the published iteration, on X itself (arXiv 2505.16932).
             `gram` is the same polynomials, two or three at a time on XᵀX before X is touched again:
@@ -94,7 +89,7 @@ def msign(
     if method not in METHODS:
         raise ValueError(f"unknown msign method {method!r}; known: {', '.join(METHODS)}")
     dtype = dtype or X.dtype
-    steps = default_steps(method, dtype) if steps is None else steps
+    steps = default_steps(method, _name(dtype)) if steps is None else steps
     if steps < 1:
         raise ValueError(f"msign needs at least one step, got {steps}")
     wide = X.size(-2) < X.size(-1)
@@ -109,6 +104,10 @@ def msign(
     return Y.mT if wide else Y
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def msign_and_root(
     X: Tensor,  # (B, m, n), m >= n
     *,
@@ -121,7 +120,7 @@ def msign_and_root(
     root, never more: it is bounded also where X loses rank.
     """
     dtype = dtype or X.dtype
-    Y, root = _gram_iterate(X, steps or default_steps("gram", dtype), dtype, root=True)
+    Y, root = _gram_iterate(X, steps or default_steps("gram", _name(dtype)), dtype, root=True)
     assert root is not None
     return Y.to(X.dtype), root.to(X.dtype)
 
@@ -130,19 +129,6 @@ def polar_express_coefficients(steps: int, safety: float = _SAFETY) -> list[Trip
     """`steps` triples (a, b, c) of `p(x) = a x + b x³ + c x⁵`, safety margin included."""
     safe = [(a / safety, b / safety**3, c / safety**5) for a, b, c in _POLAR_EXPRESS[:-1]]
     return (safe + [_POLAR_EXPRESS[-1]] * steps)[:steps]
-
-
-def gram_groups(m: int, n: int, steps: int, *, half: bool) -> list[int]:
-    """How many polynomials `gram` composes before it touches X again.
-
-    A group of g costs 4mn² + (1, 5, 9)[g - 1] 2n³, so composing pays where m > 1.5 n. Rounding in
-    the composed Gram matrix grows with g: half precision bears two (three give NaN on real
-    momentum), float32 three.
-    """
-    if 2 * max(m, n) <= 3 * min(m, n):
-        return [1] * steps
-    size = 2 if half else 3
-    return [size] * (steps // size) + ([steps % size] if steps % size else [])
 
 
 def gram(
