@@ -19,6 +19,10 @@ lint: $(VENV)/.dev  ## style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+bench: $(VENV)/.run  ## times of an optimizer step and quality of its directions: minutes; benchmarks/results
+	@$(BIN)/python benchmarks/optimizer_step.py
+	@$(BIN)/python benchmarks/solver_quality.py
+
 clean:  ## remove the environment and caches; results stay
 	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 

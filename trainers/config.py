@@ -56,18 +56,33 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """A decoder-only transformer. Width in units, context in tokens."""
 
-    family: Literal["gpt2"] = "gpt2"
+    family: Literal["gpt2", "llama"] = "gpt2"
+    """`gpt2`: LayerNorm, GELU, learned positions. `llama`: RMSNorm, SwiGLU, rotary positions."""
     n_layer: Count = 12
     n_head: Count = 12
     d_model: Count = 768
     context: Count = 1024
     vocab_size: Count = 50304
     dropout: Fraction = 0.0
+    d_ff: Count | None = None
+    """Width of the MLP; None is 4 d_model."""
+    attention: Literal["softmax", "sigmoid", "relu"] = "softmax"
+    """`sigmoid` and `relu` weigh each token by itself: the control for what is softmax's doing."""
+    qk_norm: Flag = False
+    """RMS norm, without parameters, of every query and key."""
+
+    @property
+    def hidden(self) -> int:
+        return self.d_ff or 4 * self.d_model
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.d_model % self.n_head:
             raise ValueError(f"d_model {self.d_model} is not a multiple of n_head {self.n_head}")
+        if self.family == "llama" and self.d_model // self.n_head % 2:
+            raise ValueError(
+                f"rotary heads need an even width; d_model / n_head is {self.d_model // self.n_head}"
+            )
         return self
 
 

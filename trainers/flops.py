@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainers.config import ModelConfig, RunConfig
-from trainers.iterations import HALF, default_steps, gram_groups
+from trainers.iterations import default_steps, gram_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,28 +29,31 @@ class Cost:
 
 def matrices(model: ModelConfig) -> dict[str, list[tuple[int, int]]]:
     """Shapes (rows, columns) of one layer's matrices by module kind."""
-    d = model.d_model
-    return {"attn": [(3 * d, d), (d, d)], "mlp": [(4 * d, d), (d, 4 * d)]}
+    d, hidden = model.d_model, model.hidden
+    mlp = [(hidden, d), (d, hidden)] if model.family == "gpt2" else [(hidden, d), (hidden, d), (d, hidden)]
+    return {"attn": [(3 * d, d), (d, d)], "mlp": mlp}
 
 
 def parameter_count(model: ModelConfig) -> int:
     """Parameters of the model; the tied head counts once."""
     layer = sum(m * n for shapes in matrices(model).values() for m, n in shapes)
     norms = (2 * model.n_layer + 1) * model.d_model
-    return model.n_layer * layer + (model.vocab_size + model.context) * model.d_model + norms
+    positions = model.context if model.family == "gpt2" else 0  # rotary ones have no parameters
+    return model.n_layer * layer + (model.vocab_size + positions) * model.d_model + norms
 
 
 def forward_flops_per_token(model: ModelConfig) -> float:
     """Products with weights and head, plus scores and values over the full context window."""
-    weights = parameter_count(model) - model.context * model.d_model  # positions are looked up
+    positions = model.context * model.d_model if model.family == "gpt2" else 0
+    weights = parameter_count(model) - positions  # which are looked up
     return 2.0 * weights + 4.0 * model.n_layer * model.d_model * model.context
 
 
-def msign_flops(m: int, n: int, steps: int, method: str = "polar_express", *, half: bool = True) -> float:
+def msign_flops(m: int, n: int, steps: int, method: str, precision: str) -> float:
     m, n = max(m, n), min(m, n)
     if method != "gram":
         return steps * (4.0 * m * n * n + 2.0 * n**3)
-    return sum(4.0 * m * n * n + (4 * g - 3) * 2.0 * n**3 for g in gram_groups(m, n, steps, half=half))
+    return sum(4.0 * m * n * n + (4 * g - 3) * 2.0 * n**3 for g in gram_groups(m, n, steps, precision))
 
 
 def direction_flops(m: int, n: int, manifold: str, run: RunConfig) -> float:
@@ -58,11 +61,10 @@ def direction_flops(m: int, n: int, manifold: str, run: RunConfig) -> float:
     m, n = max(m, n), min(m, n)
     muon = run.optimizer.muon
     precision = muon.msign_dtype or run.precision
-    half = precision in HALF
     steps = muon.msign_steps or default_steps(muon.msign, precision)
 
     def sign(rows: int, method: str = muon.msign) -> float:
-        return msign_flops(rows, n, steps, method, half=half)
+        return msign_flops(rows, n, steps, method, precision)
 
     gram = 2.0 * m * n * n
     if manifold in ("none", "spectral"):
@@ -77,12 +79,17 @@ def direction_flops(m: int, n: int, manifold: str, run: RunConfig) -> float:
     if muon.solver == "projected":
         return sign(m) + 2 * gram + (4 * gram if muon.polish else 0.0)
     rounds = muon.exact_steps or (3 if manifold == "stiefel" else 2)
-    one_round = sign(m, "gram") + 2 * gram + (2 + muon.cg_steps) * 2.0 * n**3
-    return rounds * one_round + 2 * gram + sign(m)
+    root_steps = steps if muon.msign == "gram" else default_steps("gram", precision)
+    groups = len(gram_groups(m, n, root_steps, precision))
+    root = msign_flops(m, n, root_steps, "gram", precision) + (groups - 1) * 2.0 * n**3
+    one_cg = 4.0 * n**3 if manifold == "oblique" else 2.0 * n**3
+    once = gram if manifold == "oblique" else 0.0
+    return once + rounds * (root + 2 * gram + muon.cg_steps * one_cg) + 2 * gram + sign(m)
 
 
 def retraction_flops(m: int, n: int, manifold: str, run: RunConfig) -> float:
-    """One matrix's way back, near its manifold: a Gram matrix, a product, and small ones between.
+    """One matrix's way back, near its manifold: a Gram matrix, a product, and two Newton-Schulz steps
+    between, which is what a learning rate of some percent takes.
 
     `svd_sorted` is counted as on a GPU, by matrix products; a CPU factorises.
     """
@@ -90,8 +97,8 @@ def retraction_flops(m: int, n: int, manifold: str, run: RunConfig) -> float:
     if manifold == "spectral":
         return 2.0 * m * n * n + 16 * 2.0 * n**3
     if manifold == "dgram" and run.optimizer.muon.retraction == "svd_sorted":
-        return msign_flops(m, n, 14, "gram", half=False) + 2.0 * m * n * n
-    near = 4.0 * m * n * n + 5 * 2.0 * n**3  # two Newton-Schulz steps
+        return msign_flops(m, n, 18, "gram", "float32") + 2.0 * m * n * n
+    near = 4.0 * m * n * n + 5 * 2.0 * n**3
     return near if manifold in ("stiefel", "dgram") else 0.0
 
 
@@ -99,12 +106,22 @@ def optimizer_step_flops(run: RunConfig) -> float:
     total = 0.0
     for kind, shapes in matrices(run.model).items():
         module = getattr(run.assignment, kind)
-        if module.optimizer == "muon":
-            total += sum(
-                direction_flops(m, n, module.manifold, run) + retraction_flops(m, n, module.manifold, run)
-                for m, n in shapes
-            )
+        if module.optimizer != "muon":
+            continue
+        if kind == "attn":
+            shapes = [*_blocks(shapes[0], run), *shapes[1:]]
+        total += sum(
+            direction_flops(m, n, module.manifold, run) + retraction_flops(m, n, module.manifold, run)
+            for m, n in shapes
+        )
     return run.model.n_layer * total
+
+
+def _blocks(c_attn: tuple[int, int], run: RunConfig) -> list[tuple[int, int]]:
+    """The matrices that `qkv` makes of attention's input weight."""
+    qkv = run.optimizer.muon.qkv
+    count = {"fused": 1, "split": 3, "per_head": 3 * run.model.n_head}[qkv]
+    return [(c_attn[0] // count, c_attn[1])] * count
 
 
 def evaluation_count(run: RunConfig) -> int:

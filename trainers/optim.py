@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainers.manifold import (
+    DUAL_IMPLS,
     MANIFOLDS,
     METHODS,
     RETRACTIONS,
@@ -23,6 +25,7 @@ from trainers.manifold import (
     spectral_norm,
     tangency_residual,
 )
+from trainers.manifold.msign import NEAR
 
 UPDATE_SCALES = ("unit", "rows_over_cols")
 _SOLVE_OPTIONS = (
@@ -87,10 +90,11 @@ class ManifoldMuon(torch.optim.Optimizer):
         ValueError: a parameter that is not a matrix or that `row_blocks` does not divide, an unknown
             name, or a negative lr, momentum or weight decay.
 
-    New weights are not on their manifold yet: call `retract_()` once before training. Half precision
-    parameters get a float32 master copy, and momentum is float32 at least.
+    New weights are not on their manifold yet: call `retract_()` once before training, and again if you
+    overwrite them. Half precision parameters get a float32 master copy, and momentum is float32 at least.
+    Autocast and reduced float32 products (TF32) are switched off inside.
 
-    With `measure` set before a step, that step leaves `telemetry()`.
+    With `measure` set before a step, on every rank, that step leaves `telemetry()`.
     """
 
     def __init__(
@@ -119,21 +123,36 @@ class ManifoldMuon(torch.optim.Optimizer):
         defaults = {
             k: v for k, v in locals().items() if k not in ("self", "params", "process_group", "__class__")
         }
+        self._forget()
+        self._shares = _Shares(process_group) if process_group else None
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            _check_group(group)
+
+    def _forget(self) -> None:
         self.measure = False
         self._telemetry: list[tuple[_Item, Tensor]] = []
-        self._plans: dict[tuple[bool, ...], list[_Item]] = {}
-        self._shares = _Shares(process_group) if process_group else None
+        self._plans: dict[tuple[Any, ...], list[_Item]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_shares": self._shares}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+        self._shares = state.get("_shares", getattr(self, "_shares", None))
+        for group in self.param_groups:  # of a state that an older version saved
+            for name in self.defaults.keys() - {"differentiable"}:  # the base class' own
+                group.setdefault(name, self.defaults[name])
 
     @torch.no_grad()
     def retract_(self) -> None:
         """Put every weight on its manifold, in place. Every rank does all of it."""
-        for item in self._items():
-            W = self._gather(item, lambda p: self._weight(p))
-            group = item.group
-            self._scatter(item, retract(W, group["manifold"], method=group["retraction"]))
+        for state in self.state.values():
+            state.pop("master", None)
+        with _exact_products(self._device()):
+            for item in self._items():
+                W = self._gather(item, self._weight)
+                group = item.group
+                self._scatter(item, retract(W, group["manifold"], method=group["retraction"]))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -142,14 +161,15 @@ class ManifoldMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update_momentum()
-        items = [item for item in self._items(with_grad=True) if not _stands_still(item.group)]
-        self._telemetry = []
-        if self._shares is None:
-            for item in items:
-                self._finish(item, *self._update(item))
-        else:
-            self._shares.run(items, self._update, self._finish, measured=self.measure)
+        with _exact_products(self._device()):
+            self._update_momentum()
+            items = [item for item in self._items(with_grad=True) if not _stands_still(item.group)]
+            self._telemetry = []
+            if self._shares is None:
+                for item in items:
+                    self._finish(item, *self._update(item))
+            else:
+                self._shares.run(items, self._update, self._finish, measured=self.measure)
         return loss
 
     def telemetry(self) -> list[Telemetry]:
@@ -164,12 +184,21 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
         self._plans = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned. (The base class would round float32 state of half precision
-        parameters.)"""
+        parameters, and replace a learning rate that a captured graph reads.)"""
+        rates = [group["lr"] for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            if isinstance(rate, Tensor):
+                group["lr"] = rate.copy_(torch.as_tensor(group["lr"]))
         numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
         for number, parameter in zip(numbers, self._parameters(), strict=True):
             for key, value in state_dict["state"].get(number, {}).items():
@@ -190,8 +219,8 @@ class ManifoldMuon(torch.optim.Optimizer):
         V = W * (1 - lr * decay) if decay else W
         V = V - (lr * item.scale) * A if isinstance(lr, Tensor) else torch.add(V, A, alpha=-lr * item.scale)
         # ‖A‖₂ <= 1, with two percent for rounding; W has norm 1 where the radius is read. A step size
-        # on the device is not known here.
-        radius = None if isinstance(lr, Tensor) else lr * (1.02 * item.scale + decay)
+        # on the device is not known here; the way back copes with a wrong radius.
+        radius = NEAR if isinstance(lr, Tensor) else lr * (1.02 * item.scale + decay)
         coarse = dtype if dtype in _HALF else None
         V = retract(V, manifold, method=group["retraction"], radius=radius, dtype=coarse)
         if isinstance(lr, Tensor):
@@ -211,6 +240,8 @@ class ManifoldMuon(torch.optim.Optimizer):
             if not with_grad:
                 continue
             for p in with_grad:
+                if p.grad.is_sparse:
+                    raise ValueError("ManifoldMuon needs dense gradients")
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=_wide(p.dtype))
             buffers = [self.state[p]["momentum_buffer"] for p in with_grad]
@@ -254,13 +285,17 @@ class ManifoldMuon(torch.optim.Optimizer):
         """Batches of one group, shape and scale; the same on every rank and, on a CPU, for every number
         of ranks."""
         wanted = tuple(not with_grad or p.grad is not None for p in self._parameters())
-        if wanted not in self._plans:
+        key = (wanted, tuple((group["row_blocks"], group["update_scale"]) for group in self.param_groups))
+        if key not in self._plans:
             ranks = self._shares.size if self._shares else 1
             chosen = {p for p, use in zip(self._parameters(), wanted, strict=True) if use}
-            self._plans[wanted] = [
+            self._plans[key] = [
                 item for group in self.param_groups for item in _batches(group, chosen, ranks)
             ]
-        return self._plans[wanted]
+        return self._plans[key]
+
+    def _device(self) -> torch.device:
+        return next(self._parameters()).device
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -276,8 +311,11 @@ class _Item:
 
     @property
     def cost(self) -> float:
+        """Arithmetic, in proportion."""
         m, n = self.shape
-        return len(self.members) * (2.0 * m * n * n + n**3)
+        rounds = {"dual_ascent": self.group["dual_steps"], "exact": 4}.get(self.group["solver"], 1)
+        constrained = self.group["manifold"] not in ("none", "spectral")
+        return len(self.members) * (2.0 * m * n * n + n**3) * (rounds if constrained else 1)
 
     @property
     def numel(self) -> int:
@@ -296,11 +334,14 @@ def _batches(group: dict[str, Any], chosen: set[nn.Parameter], ranks: int) -> It
         members += [(parameter, block) for block in range(group["row_blocks"])]
     for (m, n, scale, device, _), members in kinds.items():
         if device.type == "cuda":
-            size = math.ceil(len(members) / ranks)
+            size = max(1, min(math.ceil(len(members) / ranks), 2**27 // (m * n)))  # temporaries are several
         else:  # batches pay for small matrices alone, and must not depend on the number of ranks
             size = max(1, min(4, 2**19 // (m * n)))
         for i in range(0, len(members), size):
             yield _Item(group, tuple(members[i : i + size]), (m, n), scale)
+
+
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before torch 2.13
 
 
 class _Shares:
@@ -309,6 +350,8 @@ class _Shares:
     def __init__(self, process_group: dist.ProcessGroup | bool) -> None:
         self.group = None if isinstance(process_group, bool) else process_group
         self.rank = dist.get_rank(self.group)
+        if self.rank < 0:
+            raise ValueError("this process is not a member of the process_group")
         self.size = dist.get_world_size(self.group)
 
     def run(
@@ -335,9 +378,9 @@ class _Shares:
         """In each turn every rank has one item or none. The dearest item goes to the least busy rank, so
         items of a turn are of about one size; dtypes never mix in one turn."""
         turns: list[list[_Item | None]] = []
+        costs = [0.0] * self.size
         for dtype in sorted({i.members[0][0].dtype for i in items}, key=str):
             lists: list[list[_Item]] = [[] for _ in range(self.size)]
-            costs = [0.0] * self.size
             for item in sorted((i for i in items if i.members[0][0].dtype == dtype), key=lambda i: -i.cost):
                 idle = costs.index(min(costs))
                 lists[idle].append(item)
@@ -361,21 +404,34 @@ class _Shares:
         if result:
             W, statistics = result
             sent[: W.numel()] = W.flatten()
-            if statistics is not None:
-                sent[W.numel() : W.numel() + statistics.numel()] = statistics.flatten()
+            rest = sent[W.numel() :][: _STATISTICS * len(W)]
+            rest.fill_(math.nan) if statistics is None else rest.copy_(statistics.flatten())
         received = torch.empty(self.size * length, dtype=sent.dtype, device=sent.device)
-        work = dist.all_gather_into_tensor(received, sent, group=self.group, async_op=True)
+        work = _all_gather(received, sent, group=self.group, async_op=True)
 
-        def store() -> None:
+        def store(_keep: Tensor = sent) -> None:  # the exchange reads it until it is waited for
             work.wait()
             for item, part in zip(turn, received.view(self.size, length), strict=True):
                 if item is None:
                     continue
                 W = part[: item.numel].view(len(item.members), *item.shape)
                 rest = part[item.numel :][: _STATISTICS * len(item.members)]
-                finish(item, W, rest.view(-1, _STATISTICS) if measured else None)
+                finish(item, W, rest.view(-1, _STATISTICS).clone() if measured else None)
 
         return store
+
+
+@contextmanager
+def _exact_products(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32: a Gram matrix that is wrong by 1e-3 would be taken for the weight's error."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        known = torch.amp.is_autocast_available(device.type)
+        with torch.autocast(device.type, enabled=False) if known else nullcontext():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def _statistics(W: Tensor, V: Tensor, A: Tensor, manifold: str) -> Tensor:  # (B, m, n) thrice -> (B, 4)
@@ -404,6 +460,7 @@ def _check_group(group: dict[str, Any]) -> None:
         ("manifold", MANIFOLDS),
         ("solver", SOLVERS),
         ("msign_method", METHODS),
+        ("dual_impl", DUAL_IMPLS),
         ("update_scale", UPDATE_SCALES),
     ):
         if group[key] not in allowed:
@@ -415,5 +472,8 @@ def _check_group(group: dict[str, Any]) -> None:
             f"it has: {', '.join(retractions) or 'none'}"
         )
     for key in ("lr", "momentum", "weight_decay"):
-        if not isinstance(group[key], Tensor) and group[key] < 0:
-            raise ValueError(f"{key} must not be negative, got {group[key]}")
+        if not isinstance(group[key], Tensor) and not 0 <= group[key] < math.inf:
+            raise ValueError(f"{key} must not be negative or infinite, got {group[key]}")
+    for key in ("dual_steps", "exact_steps", "msign_steps", "cg_steps"):
+        if group[key] is not None and group[key] < 1:
+            raise ValueError(f"{key} must be at least 1, got {group[key]}")

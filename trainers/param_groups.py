@@ -16,7 +16,7 @@ from trainers.config import ModuleAssignment, RunConfig, module_weight_decay
 
 _KINDS = (
     ("attn", re.compile(r"\.attn\.(c_attn|c_proj)\.weight$")),
-    ("mlp", re.compile(r"\.mlp\.(c_fc|c_proj)\.weight$")),
+    ("mlp", re.compile(r"\.mlp\.(c_fc|c_proj|w1|w2|w3)\.weight$")),
     ("embedding", re.compile(r"^(wte|wpe)\.weight$")),
     ("norm", re.compile(r"(^|\.)ln_(1|2|f)\.weight$")),
 )

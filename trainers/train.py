@@ -31,7 +31,7 @@ from trainers.checkpoint import Progress, TrainState
 from trainers.config import SCHEMA_VERSION, RunConfig, run_id
 from trainers.distributed import Group, join
 from trainers.errors import InputError
-from trainers.models.gpt2 import GPT2
+from trainers.models import Model, build
 from trainers.optim import ManifoldMuon
 from trainers.param_groups import NamedParameter, classify, optimizer_groups
 from trainers.probes.spectra import spectrum_records
@@ -140,7 +140,7 @@ def _set_up(
     share, micro = _batch_shape(run, group)
     attempt = attempt or _next_attempt(run_dir)
     group.barrier()  # every rank has read the folder before rank 0 writes to it
-    model = GPT2(run.model)
+    model = build(run.model)
     model.initialize(run.seed)
     model.to(group.device)
     named = classify(model)
@@ -222,7 +222,7 @@ def _optimizers(
     return optimizers
 
 
-def _compiled(model: GPT2, run: RunConfig, group: Group) -> nn.Module:
+def _compiled(model: Model, run: RunConfig, group: Group) -> nn.Module:
     wanted = run.runtime.compile
     if wanted is None:
         wanted = group.device.type == "cuda"

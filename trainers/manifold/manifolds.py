@@ -12,18 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainers.manifold.msign import (
-    COARSE,
-    NEAR,
-    apply_correction,
-    gram,
-    gram_error,
-    inverse_root,
-    msign,
-    nonzero,
-    polar_near,
-    product,
-)
+from trainers.manifold.msign import NEAR, gram, msign, nonzero, polar_near, product
 
 Manifold = Literal["none", "stiefel", "dgram", "oblique", "spectral"]
 MANIFOLDS: tuple[Manifold, ...] = ("none", "stiefel", "dgram", "oblique", "spectral")
@@ -36,9 +25,9 @@ RETRACTIONS: dict[str, tuple[str, ...]] = {
 }
 """Retractions by manifold; the first is the default."""
 
-_POLAR_STEPS = 14
+_POLAR_STEPS = 18
 """`gram` steps that turn singular values down to 1e-6 of the Frobenius norm into 1: a Gaussian matrix of
-width 768, the start of every run, has some at 1e-5, which fewer steps leave far below 1."""
+width 768, the start of every run, has some at 5e-6, which fewer steps leave below 1."""
 
 
 def constrained_part(
@@ -60,11 +49,9 @@ def constrained_part(
 def gram_differential(
     W: Tensor,  # (..., m, n)
     A: Tensor,  # (..., m, n)
-    *,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:  # (..., n, n)
     """WᵀA + AᵀW, symmetric to the bit. W and A tall."""
-    M = product(W.mT, A, dtype).to(A.dtype)
+    M = W.mT @ A
     return M + M.mT
 
 
@@ -78,11 +65,28 @@ def tangency_residual(
     return constrained_part(gram_differential(W, A), manifold).square().mean(dim=(-2, -1)).sqrt()
 
 
-def tangent_weights(W: Tensor) -> Tensor:  # (..., m, n) -> (..., n, n)
-    """`1 / (d_i² + d_j²)` with `d_j` the norm of column j of a tall W; 0 where both columns are 0."""
-    squares = W.square().sum(dim=-2)
+def columns(W: Tensor) -> tuple[Tensor, Tensor]:  # (..., m, n) -> (..., m, n), (..., n)
+    """Unit columns Q of a tall W, and their norms over the largest; a zero column stays zero, and one
+    below the square root of the smallest number times the largest entry counts as zero.
+
+    The tangent space of a cone does not depend on W's scale, and in these coordinates no factor of a
+    product leaves half precision's range, however the norms of the columns differ.
+    """
+    W = W / nonzero(W.abs().amax(dim=(-2, -1), keepdim=True))  # the square of a float32 may not be one
+    norms = W.square().sum(dim=-2, keepdim=True).sqrt()
+    return W / nonzero(norms), (norms / nonzero(norms.amax(dim=-1, keepdim=True))).squeeze(-2)
+
+
+def frame(W: Tensor, manifold: str) -> tuple[Tensor, Tensor]:
+    """`columns` of a W on a manifold, which for `stiefel` it is itself."""
+    return (W, W.new_ones(W[..., 0, :].shape)) if manifold == "stiefel" else columns(W)
+
+
+def tangent_weights(lengths: Tensor) -> Tensor:  # (..., n) -> (..., n, n)
+    """`1 / (d_i² + d_j²)`; 0 where both are below 1e-15 of the longest, which is 1."""
+    squares = lengths.square()
     sums = squares.unsqueeze(-1) + squares.unsqueeze(-2)
-    return torch.where(sums > 0, 1 / sums, 0.0)
+    return torch.where(sums > 1e-30, 1 / sums, 0.0)
 
 
 def tangent_project(
@@ -101,9 +105,12 @@ def tangent_project(
     if manifold in ("none", "spectral"):
         return A.clone()
     wide = A.size(-2) < A.size(-1)
-    W, A = _tall(W), _tall(A)
-    multiplier = tangent_weights(W) * constrained_part(gram_differential(W, A, dtype=dtype), manifold)
-    T = A - product(W, multiplier, dtype)
+    A = _tall(A)
+    Q, lengths = frame(_tall(W), manifold)
+    D = lengths.unsqueeze(-1)
+    M = D * product(Q.mT, A, dtype)
+    multiplier = tangent_weights(lengths) * constrained_part(M + M.mT, manifold)
+    T = A - product(Q, D * multiplier, dtype)
     return T.mT if wide else T
 
 
@@ -125,7 +132,7 @@ def retract(
             manifold) or `column_norm` (`Q` the polar factor of V with its columns scaled to unit
             norm, `W = Q diag(Qᵀ V)`, which leaves such a V alone). None is the manifold's default.
         radius: an upper bound on ‖V - W‖₂ for some W on the manifold, if one is known (a step's
-            length): makes `stiefel` and `column_norm` cheaper and changes nothing else.
+            length): makes `stiefel` and `column_norm` cheaper; the result is the same to rounding.
         dtype: arithmetic of the corrections of a V that is near; see `polar_near`.
 
     NaN or Inf in V gives NaN. A V without full rank has no polar factor: on a CPU the result is on
@@ -144,14 +151,14 @@ def retract(
     wide = V.size(-2) < V.size(-1)
     V = _tall(V)
     if manifold == "oblique":
-        W: Tensor = _unit_columns(V)
+        W: Tensor = columns(V)[0]
     elif manifold == "spectral":
-        sigma = spectral_norm(V)[..., None, None]
-        W = V / nonzero(sigma)
+        V = V / nonzero(V.abs().amax(dim=(-2, -1), keepdim=True))
+        W = V / nonzero(spectral_norm(V)[..., None, None])
     elif manifold == "stiefel":
-        W = _polar(V) if radius is None or radius > NEAR else polar_near(V, radius, dtype=dtype)
+        W = _polar(V, radius, dtype)
     elif method == "column_norm":
-        Q = _column_polar(V, radius, dtype)
+        Q = _polar(columns(V)[0], radius, dtype)
         W = Q * (Q * V).sum(dim=-2, keepdim=True)
     else:
         W = _svd_sorted(V)
@@ -182,49 +189,14 @@ def spectral_norm(
     return square.clamp_min(0).sqrt() * largest.squeeze(-1).squeeze(-1)
 
 
-def _polar(V: Tensor) -> Tensor:
-    """Converged polar factor; by matrix products alone on a GPU, where factorisations are slow."""
+def _polar(V: Tensor, radius: float | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Converged polar factor: from nearby, or by LAPACK, or by matrix products alone on a GPU, where
+    factorisations are slow. (How near the unit columns of a DGram matrix are depends on their norms,
+    which the host does not know; `polar_near` looks, or copes.)"""
+    near = polar_near(V, radius, dtype=dtype) if radius is not None and radius <= NEAR else None
+    if near is not None:
+        return near
     return _lapack_factors(V)[0] if V.device.type == "cpu" else msign(V, steps=_POLAR_STEPS, method="gram")
-
-
-def _unit_columns(V: Tensor) -> Tensor:
-    """V with columns of norm 1; a zero column stays zero."""
-    V = V / nonzero(V.abs().amax(dim=(-2, -1), keepdim=True))  # the square of a float32 may not be one
-    return V / nonzero(V.square().sum(dim=-2, keepdim=True).sqrt())
-
-
-_NEAR_GRAM = 1.3
-"""‖E‖ up to which Newton-Schulz on I + E converges (it diverges from 1.34 up)."""
-_NEAR_STEPS = 5
-
-
-def _column_polar(V: Tensor, radius: float | None, dtype: torch.dtype | None) -> Tensor:
-    """Polar factor of V with its columns scaled to unit norm.
-
-    After a step these columns are nearly orthogonal. How nearly depends on the norms they had, which
-    the host does not know, so on a CPU the error is read, and on a GPU five Newton-Schulz steps bring
-    in all that is within their reach; a V beyond it is scaled into it, and reaches the manifold over
-    the next steps.
-    """
-    U = _unit_columns(V)
-    if radius is None or radius > NEAR:
-        return _polar(U)
-    if radius > COARSE:
-        dtype = None
-    batch = U.reshape(-1, *U.shape[-2:])
-    E = gram_error(batch)
-    size = E.norm(dim=(-2, -1), keepdim=True)
-    if V.device.type == "cpu":
-        largest = float(size.amax())
-        if not largest < 2 * NEAR:
-            return _polar(U)
-        if largest > COARSE * U.size(-1) ** 0.5:
-            dtype = None
-    else:
-        scale = ((1 + size) / (1 + _NEAR_GRAM)).clamp_min(1.0)
-        batch, E = batch * scale.rsqrt(), E / scale
-        E.diagonal(dim1=-2, dim2=-1).add_((1 / scale - 1).squeeze(-1))
-    return apply_correction(batch, inverse_root(E, _NEAR_STEPS, dtype), dtype).reshape(U.shape)
 
 
 def _svd_sorted(V: Tensor) -> Tensor:
@@ -235,8 +207,9 @@ def _svd_sorted(V: Tensor) -> Tensor:
     return polar * sigma.unsqueeze(-2)
 
 
-_SAFE_SQUARE = 1e-10
-"""Smallest share of the largest eigenvalue of VᵀV from which a polar factor is taken."""
+_SAFE_SQUARE = {torch.float64: 1e-4}
+"""Smallest share of the largest eigenvalue of VᵀV from which a polar factor is taken: 1e-10, and more
+where the result is to have float64's own precision."""
 
 
 def _lapack_factors(V: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,14 +221,18 @@ def _lapack_factors(V: Tensor) -> tuple[Tensor, Tensor]:
     """
     finite = torch.isfinite(V).all(dim=(-2, -1), keepdim=True)
     D = torch.where(finite, V, 0.0).double()
+    largest = nonzero(D.abs().amax(dim=(-2, -1), keepdim=True))
+    D = D / largest
     squares, Q = torch.linalg.eigh(gram(D))
-    smallest, largest = squares[..., 0], squares[..., -1]
-    if bool((smallest > _SAFE_SQUARE * largest).all()) and bool(torch.isfinite(Q).all()):
+    smallest, greatest = squares[..., 0], squares[..., -1]
+    safe = _SAFE_SQUARE.get(V.dtype, 1e-10)
+    if bool((smallest > safe * greatest).all()) and bool(torch.isfinite(Q).all()):
         polar = D @ (Q * squares.rsqrt().unsqueeze(-2) @ Q.mT)
         sigma = squares.sqrt().flip(-1)
     else:
         U, sigma, Qt = torch.linalg.svd(D, full_matrices=False)
         polar = U @ Qt
+    sigma = sigma * largest.squeeze(-1)
     return torch.where(finite, polar, torch.nan).to(V.dtype), sigma.to(V.dtype)
 
 
@@ -268,8 +245,8 @@ def svd_sorted_without_svd(
     """
     Q = msign(V, steps=_POLAR_STEPS, method="gram")
     # The Gram matrix squares the condition number, hence float64.
-    gram = V.mT.double() @ V.double()
-    squares = torch.linalg.eigvalsh(torch.where(torch.isfinite(gram), gram, 0.0))  # Q has the NaN
+    squares = gram(V.double())
+    squares = torch.linalg.eigvalsh(torch.where(torch.isfinite(squares), squares, 0.0))  # Q has the NaN
     sigma: Tensor = squares.clamp_min(0).sqrt().flip(-1).to(V.dtype)
     return Q * sigma.unsqueeze(-2)
 
@@ -283,10 +260,10 @@ def distance(
     W = _tall(W)
     if manifold == "spectral":
         return (spectral_norm(W) - 1).abs()
-    gram = W.mT @ W
+    K = W.mT @ W
     if manifold != "dgram":
-        gram = gram - torch.eye(gram.size(-1), dtype=W.dtype, device=W.device)
-    norms: Tensor = torch.linalg.matrix_norm(constrained_part(gram, manifold))
+        K = K - torch.eye(K.size(-1), dtype=W.dtype, device=W.device)
+    norms: Tensor = torch.linalg.matrix_norm(constrained_part(K, manifold))
     return norms
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainers.manifold.manifolds import (
     constrained_part,
+    frame,
     gram_differential,
     tangent_project,
     tangent_weights,
@@ -49,9 +50,9 @@ def solve(
         manifold: `none` and `spectral` give plain Muon, `msign(G)`, whatever the solver.
         solver: `dual_ascent` (as published; uses `dual_steps`, `dual_alpha`, and depends on the
             scale of G), `projected` (one `msign` of the tangent part of G; `polish` adds one
-            re-tangent and one Newton-Schulz step; scale-free), or `exact` (the optimum, by
+            re-tangent and one Newton-Schulz step; scale-free), or `exact` (towards the optimum, by
             `exact_steps` rounds of majorise-minimise with `cg_steps` conjugate gradients each;
-            scale-free). Of a square Stiefel W both of the latter know the optimum in closed form.
+            scale-free). For a square Stiefel W both of the latter take the optimum's closed form.
         dual_impl: `published` multiplies as the paper does; `reduced` runs the same loop on the
             coordinates of G + 2WΛ in the columns of W and the rest of G, 2n x n instead of m x n.
         exact_steps: None is 3 for Stiefel and 2 for the others, which converge faster.
@@ -67,6 +68,9 @@ def solve(
         raise ValueError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
     if dual_impl not in DUAL_IMPLS:
         raise ValueError(f"unknown dual_impl {dual_impl!r}; known: {', '.join(DUAL_IMPLS)}")
+    for name, count in (("dual_steps", dual_steps), ("exact_steps", exact_steps), ("cg_steps", cg_steps)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
 
     def sign(X: Tensor) -> Tensor:
         return msign(X, steps=msign_steps, dtype=msign_dtype, method=msign_method)
@@ -78,7 +82,7 @@ def solve(
     W, G = ((X.mT if wide else X).reshape(-1, *shape[-2:]) for X in (W, G))
     if solver == "dual_ascent":
         if dual_impl == "reduced" and manifold != "oblique":
-            A = _reduced_dual_ascent(W, G, manifold, sign, dual_steps, dual_alpha, msign_dtype)
+            A = _reduced_dual_ascent(W, G, manifold, sign, dual_steps, dual_alpha)
         else:
             A = _dual_ascent(W, G, manifold, sign, dual_steps, dual_alpha)
     else:
@@ -88,8 +92,9 @@ def solve(
         elif solver == "projected":
             A = _projected(W, G, manifold, sign, polish, msign_dtype)
         else:
-            rounds = exact_steps or (3 if manifold == "stiefel" else 2)
-            A = _exact(W, G, manifold, sign, rounds, cg_steps, msign_steps, msign_dtype)
+            rounds = (3 if manifold == "stiefel" else 2) if exact_steps is None else exact_steps
+            root_steps = msign_steps if msign_method == "gram" else None
+            A = _exact(W, G, manifold, sign, rounds, cg_steps, root_steps, msign_dtype)
     A = A.reshape(shape)
     return A.mT if wide else A
 
@@ -119,13 +124,14 @@ def _reduced_dual_ascent(
     sign: Sign,
     steps: int,
     alpha: float,
-    dtype: torch.dtype | None,
 ) -> Tensor:  # (B, m, n)
     """The same loop where it takes place. With W = Q D and G = Q K + (rest, with Gram matrix RᵀR), the
     polar factor of G + 2WΛ is an isometry times that of S = [K + 2DΛ; R], and QᵀA is the upper half
-    of the latter. So 2n rows instead of m, and no product with W inside the loop."""
+    of the latter. So 2n rows instead of m, and no product with W inside the loop. A square Stiefel W has
+    no rest; of other shapes with m < 2n nothing would be saved."""
     m, n = W.shape[-2:]
-    if n < m < 2 * n:  # nothing would be saved
+    square = manifold == "stiefel" and m == n
+    if m < 2 * n and not square:
         return _dual_ascent(W, G, manifold, sign, steps, alpha)
     norms = W.norm(dim=-2)
     D = norms.unsqueeze(-1)
@@ -133,10 +139,10 @@ def _reduced_dual_ascent(
     multiplier = -0.25 * constrained_part(_symmetric(D * K), manifold)
     for k in range(steps - 1):
         top = K + 2 * D * multiplier
-        top = sign(top if m == n else torch.cat([top, R], dim=-2))[..., :n, :]
+        top = sign(top if square else torch.cat([top, R], dim=-2))[..., :n, :]
         violation = constrained_part(_symmetric(D * top), manifold)
         multiplier = multiplier - alpha * (1 - k / steps) * violation
-    return sign(G + 2 * product(W, multiplier, dtype))
+    return sign(G + 2 * (W @ multiplier))  # on the scale of G, which half precision need not hold
 
 
 def _coordinates(W: Tensor, G: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,7 +189,7 @@ def _exact(
     sign: Sign,
     rounds: int,
     cg_steps: int,
-    msign_steps: int | None,
+    root_steps: int | None,
     dtype: torch.dtype | None,
 ) -> Tensor:
     """Majorise-minimise on the dual, `min over Λ of ‖M‖_*` with `M = G + 2 W P(Λ)`.
@@ -191,24 +197,30 @@ def _exact(
     At M with polar factor A and `Z = (MᵀM)^(-1/2)`, the nuclear norm lies below the quadratic
     `tr(MᵀM Z) / 2 + const` and touches it, whose minimum solves
     `P(2 (WᵀW Δ Z + Z Δ WᵀW)) = P(WᵀA + AᵀW)`, `Λ <- Λ - Δ`. Scale-free, and no step size.
-    Λ starts where `projected` is, so that it is the zeroth round.
+    Λ starts where `projected` is, so that it is the zeroth round. With W = Q D every product has factors
+    of order 1: QᵀA, DΛ, and (DΔ) Z.
     """
-    weights = constrained_part(tangent_weights(W), manifold)
-    multiplier = -0.5 * weights * constrained_part(gram_differential(W, G, dtype=dtype), manifold)
-    squares = W.square().sum(dim=-2).unsqueeze(-1)
-    cross = gram(W) if manifold == "oblique" else None  # of the others it is diagonal
+    Q, lengths = frame(W, manifold)
+    D = lengths.unsqueeze(-1)
+    weights = constrained_part(tangent_weights(lengths), manifold)
+    cross = gram(Q) if manifold == "oblique" else None  # of the others it is I
+
+    def differential(A: Tensor) -> Tensor:
+        return constrained_part(_symmetric(D * product(Q.mT, A, dtype).to(A.dtype)), manifold)
+
+    multiplier = -0.5 * weights * differential(G)
     for _ in range(rounds):
-        A, Z = msign_and_root(G + 2 * product(W, multiplier, dtype), steps=msign_steps, dtype=dtype)
-        violation = constrained_part(gram_differential(W, A, dtype=dtype), manifold)
-        Z = Z.to(dtype or Z.dtype)
+        A, Z = msign_and_root(G + 2 * product(Q, D * multiplier, dtype), steps=root_steps, dtype=dtype)
+        size = Z.abs().amax(dim=(-2, -1), keepdim=True)  # beyond float16 where M is all but zero
+        Z = (Z / nonzero(size)).to(dtype or Z.dtype)
 
-        def curvature(step: Tensor, Z: Tensor = Z) -> Tensor:
-            X = product(step, Z, Z.dtype).to(step.dtype)
-            X = X * squares if cross is None else cross @ X
-            return constrained_part(2 * (X + X.mT), manifold)
+        def curvature(step: Tensor, Z: Tensor = Z, size: Tensor = size) -> Tensor:
+            X = size * product(D * step, Z, Z.dtype)
+            return constrained_part(2 * _symmetric(D * (X if cross is None else cross @ X)), manifold)
 
-        multiplier = multiplier - _OVERSTEP * _conjugate_gradients(curvature, violation, weights, cg_steps)
-    return sign(G + 2 * product(W, multiplier, dtype))
+        step = _conjugate_gradients(curvature, differential(A), weights, cg_steps)
+        multiplier = multiplier - _OVERSTEP * step
+    return sign(G + 2 * product(Q, D * multiplier, dtype))
 
 
 _OVERSTEP = 1.15
