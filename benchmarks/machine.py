@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from trainers.provenance import code_digest
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -147,23 +149,23 @@ def heading(name: str, device: torch.device) -> dict[str, Any]:
         "benchmark": name,
         "command": shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": code_digest()[:12],
         "machine": describe(device),
     }
 
 
-def write(folder: Path, stem: str, result: dict[str, Any], text: str) -> Path:
-    """`stem`.json and `stem`.md; returns the latter. Strict JSON: a NaN is an error."""
+def write(folder: Path, stem: str, result: dict[str, Any], text: str) -> None:
+    """`stem`.json and `stem`.md. Strict JSON: a NaN is an error."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{stem}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    path = folder / f"{stem}.md"
-    path.write_text(text + "\n")
-    return path
+    (folder / f"{stem}.md").write_text(text + "\n")
 
 
 def introduction(result: dict[str, Any]) -> str:
     """The heading as Markdown."""
     facts = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
-    return f"# {result['benchmark']}\n\n`{result['command']}`, {result['date']}\n\n{facts}"
+    run = f"`{result['command']}`, {result['date']}, code {result['code']}"
+    return f"# {result['benchmark']}\n\n{run}\n\n{facts}"
 
 
 def progress(message: str) -> None:

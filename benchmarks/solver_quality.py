@@ -210,9 +210,10 @@ def main() -> None:
     result["settings"] = {"rounds": rounds, "cg_steps": cg_steps, "quick": options.quick}
     result["fixtures"] = fixtures
     stem = f"solver_quality-{slug(device)}" + ("-quick" if options.quick else "")
-    path = write(options.out, stem, result, document(result))
-    print(document(result))
-    progress(f"written to {path} and {path.with_suffix('.json').name}")
+    text = document(result)
+    write(options.out, stem, result, text)
+    print(text)
+    progress(f"written to {options.out / stem}.md and .json")
 
 
 if __name__ == "__main__":

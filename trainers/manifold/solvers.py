@@ -86,7 +86,8 @@ def solve(
         else:
             A = _dual_ascent(W, G, manifold, sign, dual_steps, dual_alpha)
     else:
-        G = _scaled(G)
+        if msign_dtype == torch.float16:
+            G = _scaled(G)
         if manifold == "stiefel" and W.size(-2) == W.size(-1):
             A = _square_stiefel(W, G, sign, msign_dtype)
         elif solver == "projected":
@@ -94,13 +95,14 @@ def solve(
         else:
             rounds = (3 if manifold == "stiefel" else 2) if exact_steps is None else exact_steps
             root_steps = msign_steps if msign_method == "gram" else None
-            A = _exact(W, G, manifold, sign, rounds, cg_steps, root_steps, msign_dtype)
+            A = _exact(W, _scaled(G), manifold, sign, rounds, cg_steps, root_steps, msign_dtype)
     A = A.reshape(shape)
     return A.mT if wide else A
 
 
 def _scaled(G: Tensor) -> Tensor:
-    """G with its largest entry 1, so that no product of two such leaves half precision's range."""
+    """G with its largest entry 1, so that products stay within float16's range, and their squares within
+    float32's."""
     largest = G.abs().amax(dim=(-2, -1), keepdim=True)
     return G / nonzero(largest)
 
