@@ -18,6 +18,7 @@ import trainers.optim
 from trainers.config import RunConfig, ScheduleConfig
 from trainers.flops import parameter_count
 from trainers.manifold import METHODS, SOLVERS, distance, retract, solve
+from trainers.manifold.msign import polar_near
 from trainers.models.gpt2 import GPT2
 from trainers.optim import ManifoldMuon
 from trainers.param_groups import classify, optimizer_groups
@@ -835,3 +836,15 @@ def test_the_schedule_is_nanogpt_s():
     assert lr_factor(1000, schedule) == 1.0
     assert lr_factor(25_500, schedule) == pytest.approx(0.55)
     assert 6e-4 * lr_factor(50_000, schedule) == pytest.approx(6e-5)
+
+
+def test_a_wide_step_is_near_although_its_gram_error_is_not_small():
+    """‖E‖_F grows with the width where ‖E‖₂, which decides, does not."""
+    W = torch.linalg.qr(gaussian(900, 600)).Q.float()
+    A = torch.linalg.qr(gaussian(900, 600, seed=1)).Q.float()
+    V = (W - 0.06 * A).unsqueeze(0)
+    assert torch.linalg.matrix_norm(V.mT @ V - torch.eye(600)) > 1
+    near = polar_near(V, 0.1)
+    assert near is not None
+    assert distance(near[0].double(), "stiefel") < 1e-4
+    assert polar_near(3 * V, 0.1) is None

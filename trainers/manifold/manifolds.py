@@ -38,7 +38,9 @@ def constrained_part(
     if manifold == "stiefel":
         return M
     if manifold == "dgram":
-        return M - torch.diag_embed(M.diagonal(dim1=-2, dim2=-1))
+        off = M.clone()
+        off.diagonal(dim1=-2, dim2=-1).zero_()
+        return off
     if manifold == "oblique":
         return torch.diag_embed(M.diagonal(dim1=-2, dim2=-1))
     if manifold in ("none", "spectral"):  # a norm that is rescaled leaves every direction open
@@ -72,8 +74,12 @@ def columns(W: Tensor) -> tuple[Tensor, Tensor]:  # (..., m, n) -> (..., m, n), 
     The tangent space of a cone does not depend on W's scale, and in these coordinates no factor of a
     product leaves half precision's range, however the norms of the columns differ.
     """
-    W = W / nonzero(W.abs().amax(dim=(-2, -1), keepdim=True))  # the square of a float32 may not be one
     norms = W.square().sum(dim=-2, keepdim=True).sqrt()
+    # The square of a float32 need not be one. On a GPU nothing is read, and W scaled in any case.
+    if W.device.type != "cpu" or not bool(((norms > 1e-15) & (norms < 1e15)).all()):
+        _, exponent = torch.frexp(W.abs().amax(dim=(-2, -1), keepdim=True))
+        W = torch.ldexp(W, -exponent)  # exact, so that a batch has the bits of its matrices
+        norms = W.square().sum(dim=-2, keepdim=True).sqrt()
     return W / nonzero(norms), (norms / nonzero(norms.amax(dim=-1, keepdim=True))).squeeze(-2)
 
 
@@ -110,7 +116,7 @@ def tangent_project(
     D = lengths.unsqueeze(-1)
     M = D * product(Q.mT, A, dtype)
     multiplier = tangent_weights(lengths) * constrained_part(M + M.mT, manifold)
-    T = A - product(Q, D * multiplier, dtype)
+    T = A - product(Q, D * multiplier, dtype).to(A.dtype)
     return T.mT if wide else T
 
 

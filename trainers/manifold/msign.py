@@ -294,7 +294,8 @@ def polar_near(
     steps = 6
     if X.device.type == "cpu":
         largest = float(size.amax())
-        if not largest < 2 * NEAR:
+        # ‖E‖₂ <= ‖E²‖_F^(1/2), which grows with n^(1/4) where ‖E‖_F grows with n^(1/2).
+        if not (largest < 1 or float(_size(product(E, E)).amax()) < 1):
             return None
         if largest > 2 * COARSE * shape[-1] ** 0.5:
             dtype = None
@@ -348,7 +349,7 @@ def _is_rounding(E: Tensor, square: Tensor, dtype: torch.dtype) -> bool:
 
 def apply_correction(X: Tensor, D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """X + X D."""
-    return X + product(X, D, dtype)
+    return X + product(X, D, dtype).to(X.dtype)  # at once, mixed types are slow
 
 
 def steps_from(radius: float, tolerance: float = CONVERGED) -> int:
