@@ -53,8 +53,8 @@ _SCALARS = {"str": "string", "int": "int64", "float": "float64"}
 class Frames:
     """All that tables and figures are made from.
 
-    `runs` has the columns of `RUN_DTYPES` and one per path in `axes`; `steps`, `evals`,
-    `spectra` and `updates` are long, with `run_id`, `arm`, `seed` and the record's scalar fields (`long_dtypes`).
+    `runs` has the columns of `RUN_DTYPES` and one per path in `axes`; `steps`, `evals`, `spectra` and
+    `updates` are long, with `run_id`, `arm`, `seed` and the record's scalar fields (`long_dtypes`).
     """
 
     store: str

@@ -1,11 +1,15 @@
 """Identity of runs: what names them, and what must not."""
 
 import re
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from trainers.config import RUN_ID, RunConfig, run_id
+from trainers import config as config_module
+from trainers import manifold
+from trainers.config import RUN_ID, MuonConfig, RunConfig, run_id
+from trainers.optim import UPDATE_SCALES
 
 DIGEST = "sha256:" + "0" * 64
 
@@ -322,3 +326,19 @@ def test_defaults_are_the_papers_preset():
     assert run.tokens_per_step == 65_536
     assert (run.schedule.steps, run.schedule.warmup_steps, run.schedule.min_lr_ratio) == (50_000, 1_000, 0.1)
     assert (run.optimizer.adamw.lr, run.optimizer.muon.lr) == (6e-4, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "known"),
+    [
+        (config_module.ManifoldName, manifold.MANIFOLDS),
+        (config_module.SolverName, manifold.SOLVERS),
+        (config_module.MsignName, manifold.METHODS),
+        (config_module.DgramRetraction, manifold.RETRACTIONS["dgram"]),
+        (MuonConfig.model_fields["dual_impl"].annotation, manifold.DUAL_IMPLS),
+        (MuonConfig.model_fields["update_scale"].annotation, UPDATE_SCALES),
+    ],
+)
+def test_the_schema_knows_what_the_optimizer_knows(allowed, known):
+    """The schema is free of torch and so writes the names again."""
+    assert set(get_args(allowed)) == set(known)
