@@ -105,5 +105,5 @@ def test_the_optimizer_s_example_runs_as_it_stands():
     for row in (stiefel, dgram):
         assert row.distance < 1e-3
         assert row.direction_norm == pytest.approx(1, abs=0.02)
-    W = scope["matrices"][0].detach()
+    W = scope["model"][0].weight.detach()
     assert torch.allclose(W.mT @ W, torch.eye(32), atol=1e-3)
