@@ -114,7 +114,7 @@ def tangent_project(
     A = _tall(A)
     Q, lengths = frame(_tall(W), manifold)
     D = lengths.unsqueeze(-1)
-    M = D * product(Q.mT, A, dtype)
+    M = D * product(Q.mT, A, dtype).to(A.dtype)
     multiplier = tangent_weights(lengths) * constrained_part(M + M.mT, manifold)
     T = A - product(Q, D * multiplier, dtype).to(A.dtype)
     return T.mT if wide else T
