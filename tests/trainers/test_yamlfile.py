@@ -236,7 +236,7 @@ SEED = "seed: wants a whole number of at least 0 and at most 2147483647,"
         ("attn: stifel", 'attn: unknown manifold "stifel" (did you mean "stiefel"?)'),
         ("attn: {manifold: stifel}", 'attn.manifold: unknown manifold "stifel" (did you mean "stiefel"?)'),
         ("assignment: {attn: x}",
-         'assignment.attn: unknown manifold "x" (allowed: dgram, none, oblique, stiefel)'),
+         'assignment.attn: unknown manifold "x" (allowed: dgram, none, oblique, spectral, stiefel)'),
         ("assignment: x", 'assignment: wants a mapping with the keys attn, mlp, given the text "x"'),
         ("attn: dgram\nassignment: {attn: none}", 'attn: "assignment.attn" sets this too: remove one'),
         ("model: {n_layers: 4}", 'model.n_layers: unknown key (did you mean "n_layer"?)'),
