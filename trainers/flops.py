@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainers.config import ModelConfig, RunConfig
-from trainers.iterations import default_steps, gram_groups
+from trainers.iterations import POLAR_STEPS, default_rounds, default_steps, gram_groups, reduces
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def direction_flops(m: int, n: int, manifold: str, run: RunConfig) -> float:
     if manifold in ("none", "spectral"):
         return sign(m)
     if muon.solver == "dual_ascent":
-        if muon.dual_impl == "published" or manifold == "oblique" or n < m < 2 * n:
+        if muon.dual_impl == "published" or not reduces(m, n, manifold):
             return gram + muon.dual_steps * (sign(m) + 2 * gram)
         slim = n if m == n else 2 * n
         return 4 * gram + (muon.dual_steps - 1) * sign(slim) + sign(m)
@@ -78,7 +78,7 @@ def direction_flops(m: int, n: int, manifold: str, run: RunConfig) -> float:
         return sign(m) + 2 * gram
     if muon.solver == "projected":
         return sign(m) + 2 * gram + (4 * gram if muon.polish else 0.0)
-    rounds = muon.exact_steps or (3 if manifold == "stiefel" else 2)
+    rounds = muon.exact_steps or default_rounds(manifold)
     root_steps = steps if muon.msign == "gram" else default_steps("gram", precision)
     groups = len(gram_groups(m, n, root_steps, precision))
     root = msign_flops(m, n, root_steps, "gram", precision) + (groups - 1) * 2.0 * n**3
@@ -97,7 +97,7 @@ def retraction_flops(m: int, n: int, manifold: str, run: RunConfig) -> float:
     if manifold == "spectral":
         return 2.0 * m * n * n + 16 * 2.0 * n**3
     if manifold == "dgram" and run.optimizer.muon.retraction == "svd_sorted":
-        return msign_flops(m, n, 18, "gram", "float32") + 2.0 * m * n * n
+        return msign_flops(m, n, POLAR_STEPS, "gram", "float32") + 2.0 * m * n * n
     near = 4.0 * m * n * n + 5 * 2.0 * n**3
     return near if manifold in ("stiefel", "dgram") else 0.0
 

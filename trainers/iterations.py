@@ -8,6 +8,21 @@ HALF = ("float16", "bfloat16")
 SMALL = 256
 """Width below which half precision composes nothing."""
 
+POLAR_STEPS = 18
+"""`gram` steps that turn singular values down to 1e-6 of the Frobenius norm into 1: a Gaussian matrix of
+width 768, the start of every run, has some at 5e-6, which fewer steps leave below 1."""
+
+
+def default_rounds(manifold: str) -> int:
+    """Rounds of the solver `exact`; Stiefel's multiplier, with its diagonal, converges more slowly."""
+    return 3 if manifold == "stiefel" else 2
+
+
+def reduces(m: int, n: int, manifold: str) -> bool:
+    """Whether the dual ascent of a tall m x n matrix has a smaller form: from m = 2n up, and where a square
+    Stiefel matrix spans everything. The columns must be orthogonal, which `oblique` ones are not."""
+    return manifold != "oblique" and (m >= 2 * n or (manifold == "stiefel" and m == n))
+
 
 def default_steps(method: str, precision: str) -> int:
     """Iterations after which a method of `msign` is converged for singular values down to 1e-3 of the norm.

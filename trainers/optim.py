@@ -25,14 +25,13 @@ from trainers.manifold import (
     spectral_norm,
     tangency_residual,
 )
-from trainers.manifold.msign import NEAR
+from trainers.manifold.msign import HALF, NEAR
 
 UPDATE_SCALES = ("unit", "rows_over_cols")
 _SOLVE_OPTIONS = (
     "solver", "dual_steps", "dual_alpha", "dual_impl", "polish", "exact_steps", "cg_steps",
     "msign_steps", "msign_dtype", "msign_method",
 )  # fmt: skip
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +220,7 @@ class ManifoldMuon(torch.optim.Optimizer):
         # ‖A‖₂ <= 1, with two percent for rounding; W has norm 1 where the radius is read. A step size
         # on the device is not known here; the way back copes with a wrong radius.
         radius = NEAR if isinstance(lr, Tensor) else lr * (1.02 * item.scale + decay)
-        coarse = dtype if dtype in _HALF else None
+        coarse = dtype if dtype in HALF else None
         V = retract(V, manifold, method=group["retraction"], radius=radius, dtype=coarse)
         if isinstance(lr, Tensor):
             V = torch.where(lr == 0, W, V)
@@ -258,7 +257,7 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     def _weight(self, parameter: nn.Parameter) -> Tensor:
         """The parameter, or its float32 master."""
-        if parameter.dtype not in _HALF:
+        if parameter.dtype not in HALF:
             return parameter
         state = self.state[parameter]
         if "master" not in state:
@@ -444,7 +443,7 @@ def _statistics(W: Tensor, V: Tensor, A: Tensor, manifold: str) -> Tensor:  # (B
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in _HALF else dtype
+    return torch.float32 if dtype in HALF else dtype
 
 
 def _stands_still(group: dict[str, Any]) -> bool:

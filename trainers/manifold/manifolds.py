@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trainers.iterations import POLAR_STEPS
 from trainers.manifold.msign import NEAR, gram, msign, nonzero, polar_near, product
 
 Manifold = Literal["none", "stiefel", "dgram", "oblique", "spectral"]
@@ -24,10 +25,6 @@ RETRACTIONS: dict[str, tuple[str, ...]] = {
     "spectral": ("scale",),
 }
 """Retractions by manifold; the first is the default."""
-
-_POLAR_STEPS = 18
-"""`gram` steps that turn singular values down to 1e-6 of the Frobenius norm into 1: a Gaussian matrix of
-width 768, the start of every run, has some at 5e-6, which fewer steps leave below 1."""
 
 
 def constrained_part(
@@ -202,7 +199,7 @@ def _polar(V: Tensor, radius: float | None = None, dtype: torch.dtype | None = N
     near = polar_near(V, radius, dtype=dtype) if radius is not None and radius <= NEAR else None
     if near is not None:
         return near
-    return _lapack_factors(V)[0] if V.device.type == "cpu" else msign(V, steps=_POLAR_STEPS, method="gram")
+    return _lapack_factors(V)[0] if V.device.type == "cpu" else msign(V, steps=POLAR_STEPS, method="gram")
 
 
 def _svd_sorted(V: Tensor) -> Tensor:
@@ -249,7 +246,7 @@ def svd_sorted_without_svd(
 
     Equal to the SVD's result where no singular value is below 1e-6 of the Frobenius norm.
     """
-    Q = msign(V, steps=_POLAR_STEPS, method="gram")
+    Q = msign(V, steps=POLAR_STEPS, method="gram")
     # The Gram matrix squares the condition number, hence float64.
     squares = gram(V.double())
     squares = torch.linalg.eigvalsh(torch.where(torch.isfinite(squares), squares, 0.0))  # Q has the NaN

@@ -44,7 +44,7 @@ _MUON: Triple = (3.4445, -4.7750, 2.0315)
 """Keller Jordan's Newton-Schulz triple, as in `torch.optim.Muon`. It is steep at 0 and has no fixed
 point at 1: most singular values land in .7 to 1.2, small ones of square matrices below."""
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def default_dtype(like: Tensor) -> torch.dtype:
@@ -168,7 +168,7 @@ def nonzero(x: Tensor) -> Tensor:
 
 def _size(X: Tensor) -> Tensor:  # (B, m, n) -> (B, 1, 1)
     """Frobenius norm, summed in float32 at least."""
-    norm: Tensor = X.norm(dim=(-2, -1), keepdim=True, dtype=torch.float32 if X.dtype in _HALF else None)
+    norm: Tensor = X.norm(dim=(-2, -1), keepdim=True, dtype=torch.float32 if X.dtype in HALF else None)
     return norm
 
 
@@ -177,7 +177,7 @@ def _unit_norm(X: Tensor, norm: float) -> tuple[Tensor, Tensor]:
 
     By the largest entry first: the square of a float32 number need not be one.
     """
-    X = X.float() if X.dtype in _HALF else X
+    X = X.float() if X.dtype in HALF else X
     largest = nonzero(X.abs().amax(dim=(-2, -1), keepdim=True))
     Y = X / largest
     factor = norm / nonzero(_size(Y))
@@ -239,11 +239,7 @@ def _scaled_step(K: Tensor, a: float, b: float, c: float) -> Tensor:
     the square of the Frobenius norm of Y, may be above it by n."""
     square = gram(K)
     t = nonzero(_size(square)).pow(-0.25) / _SAFETY  # 1 / σ_max of Y, or less
-    if K.dtype not in _HALF:
-        Z = K * (b * t**3) + square * (c * t**5)
-        Z.diagonal(dim1=-2, dim2=-1).add_(a * t.squeeze(-1))
-        return Z
-    Z = K.float() * (b * t**3) + square.float() * (c * t**5)
+    Z = K.to(t.dtype) * (b * t**3) + square.to(t.dtype) * (c * t**5)  # float32 at least, as _size is
     Z.diagonal(dim1=-2, dim2=-1).add_(a * t.squeeze(-1))
     return Z.to(K.dtype)
 
@@ -300,7 +296,7 @@ def polar_near(
         if largest > 2 * COARSE * shape[-1] ** 0.5:
             dtype = None
     else:
-        steps = steps_from(radius, 3e-5 if dtype in _HALF else CONVERGED)
+        steps = steps_from(radius, 3e-5 if dtype in HALF else CONVERGED)
         scale = ((1 + size) / (1 + _REACH)).clamp_min(1.0)
         X, E = X * scale.rsqrt(), E / scale
         E.diagonal(dim1=-2, dim2=-1).add_((1 / scale - 1).squeeze(-1))
@@ -344,7 +340,7 @@ def _is_rounding(E: Tensor, square: Tensor, dtype: torch.dtype) -> bool:
     n = E.size(-1)
     some = E @ square[..., :: max(1, n // 16)].to(E.dtype)
     left = 0.625 * float(_size(some).amax()) * (n / some.size(-1)) ** 0.5
-    return bool(left < (1e-5 if dtype in _HALF else 1e-8) * n**0.5)
+    return bool(left < (1e-5 if dtype in HALF else 1e-8) * n**0.5)
 
 
 def apply_correction(X: Tensor, D: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trainers.iterations import default_rounds, reduces
 from trainers.manifold.manifolds import (
     constrained_part,
     frame,
@@ -55,7 +56,7 @@ def solve(
             scale-free). For a square Stiefel W both of the latter take the optimum's closed form.
         dual_impl: `published` multiplies as the paper does; `reduced` runs the same loop on the
             coordinates of G + 2WΛ in the columns of W and the rest of G, 2n x n instead of m x n.
-        exact_steps: None is 3 for Stiefel and 2 for the others, which converge faster.
+        exact_steps: None is `trainers.iterations.default_rounds`.
         msign_steps, msign_dtype, msign_method: see `msign`; with an `msign_dtype` the products around
             it are in that precision too, except in `dual_ascent` as published.
 
@@ -81,7 +82,7 @@ def solve(
     shape = G.mT.shape if wide else G.shape
     W, G = ((X.mT if wide else X).reshape(-1, *shape[-2:]) for X in (W, G))
     if solver == "dual_ascent":
-        if dual_impl == "reduced" and manifold != "oblique":
+        if dual_impl == "reduced" and reduces(W.size(-2), W.size(-1), manifold):
             A = _reduced_dual_ascent(W, G, manifold, sign, dual_steps, dual_alpha)
         else:
             A = _dual_ascent(W, G, manifold, sign, dual_steps, dual_alpha)
@@ -93,7 +94,7 @@ def solve(
         elif solver == "projected":
             A = _projected(W, G, manifold, sign, polish, msign_dtype)
         else:
-            rounds = (3 if manifold == "stiefel" else 2) if exact_steps is None else exact_steps
+            rounds = default_rounds(manifold) if exact_steps is None else exact_steps
             root_steps = msign_steps if msign_method == "gram" else None
             A = _exact(W, _scaled(G), manifold, sign, rounds, cg_steps, root_steps, msign_dtype)
     A = A.reshape(shape)
@@ -129,19 +130,16 @@ def _reduced_dual_ascent(
 ) -> Tensor:  # (B, m, n)
     """The same loop where it takes place. With W = Q D and G = Q K + (rest, with Gram matrix RᵀR), the
     polar factor of G + 2WΛ is an isometry times that of S = [K + 2DΛ; R], and QᵀA is the upper half
-    of the latter. So 2n rows instead of m, and no product with W inside the loop. A square Stiefel W has
-    no rest; of other shapes with m < 2n nothing would be saved."""
+    of the latter. So 2n rows instead of m, and no product with W inside the loop. A square W has no
+    rest. See `reduces`."""
     m, n = W.shape[-2:]
-    square = manifold == "stiefel" and m == n
-    if m < 2 * n and not square:
-        return _dual_ascent(W, G, manifold, sign, steps, alpha)
     norms = W.norm(dim=-2)
     D = norms.unsqueeze(-1)
     K, R = _coordinates(W, G, norms)
     multiplier = -0.25 * constrained_part(_symmetric(D * K), manifold)
     for k in range(steps - 1):
         top = K + 2 * D * multiplier
-        top = sign(top if square else torch.cat([top, R], dim=-2))[..., :n, :]
+        top = sign(top if m == n else torch.cat([top, R], dim=-2))[..., :n, :]
         violation = constrained_part(_symmetric(D * top), manifold)
         multiplier = multiplier - alpha * (1 - k / steps) * violation
     return sign(G + 2 * (W @ multiplier))  # on the scale of G, which half precision need not hold
