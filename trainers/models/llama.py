@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from trainers.config import ModelConfig
 from trainers.models.attention import CausalSelfAttention
+from trainers.models.decoder import Block, Decoder
 from trainers.models.initialize import draw
 
 
@@ -24,39 +25,16 @@ class SwiGLU(nn.Module):
         return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
 
 
-class Block(nn.Module):
+class Llama(Decoder):
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.ln_1 = nn.RMSNorm(config.d_model)
-        self.attn = CausalSelfAttention(config, rotary=True)
-        self.ln_2 = nn.RMSNorm(config.d_model)
-        self.mlp = SwiGLU(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        x = x + self.mlp(self.ln_2(x))
-        return x  # noqa: RET504
-
-
-class Llama(nn.Module):
-    """Token ids (B, T) and targets (B, T) to the mean cross-entropy in nats."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.d_model)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.RMSNorm(config.d_model)
+        super().__init__(config)
+        d = config.d_model
+        self.wte = nn.Embedding(config.vocab_size, d)
+        self.h = nn.ModuleList(
+            Block(nn.RMSNorm(d), CausalSelfAttention(config, rotary=True), nn.RMSNorm(d), SwiGLU(config))
+            for _ in range(config.n_layer)
+        )
+        self.ln_f = nn.RMSNorm(d)
 
     def initialize(self, seed: int) -> None:
         draw(self, seed, residual=("attn.c_proj.weight", "mlp.w2.weight"), layers=self.config.n_layer)
-
-    def logits(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, vocabulary)
-        x = F.dropout(self.wte(tokens), self.config.dropout, self.training)
-        for block in self.h:
-            x = block(x)
-        return F.linear(self.ln_f(x), self.wte.weight)  # the head is the embedding
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        logits = self.logits(tokens)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
