@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -32,21 +31,6 @@ def prepare(device: str, threads: int | None) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
-
-
-def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory; whether this is glibc.
-
-    By default it returns large blocks to the system at once, and every temporary matrix of a step then
-    costs its page faults: some 10% of the time of all contenders, and most of its spread.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return False
-    mmap_threshold, trim_threshold = -3, -1
-    # Older versions refuse more than 32 MiB.
-    kept = mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 1 << 25)
-    return bool(kept and mallopt(trim_threshold, (1 << 31) - 1))
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from machine import (
     RESULTS,
     heading,
     introduction,
-    keep_freed_memory,
     peak_gflops,
     prepare,
     progress,
@@ -39,6 +38,7 @@ from torch.utils.flop_counter import flop_registry
 from trainers.config import ModelConfig
 from trainers.manifold import default_dtype, retract
 from trainers.manifold.msign import polar_express_coefficients
+from trainers.memory import keep_freed_memory
 from trainers.models.gpt2 import GPT2
 from trainers.optim import ManifoldMuon, _Shares
 

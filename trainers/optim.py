@@ -26,6 +26,7 @@ from trainers.manifold import (
     tangency_residual,
 )
 from trainers.manifold.msign import HALF, NEAR
+from trainers.memory import keep_freed_memory
 
 UPDATE_SCALES = ("unit", "rows_over_cols")
 _SOLVE_OPTIONS = (
@@ -91,7 +92,8 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     New weights are not on their manifold yet: call `retract_()` once before training, and again if you
     overwrite them. Half precision parameters get a float32 master copy, and momentum is float32 at least.
-    Autocast and reduced float32 products (TF32) are switched off inside.
+    Autocast and reduced float32 products (TF32) are switched off inside. On a CPU, glibc is asked to keep
+    freed memory in the process; see `trainers.memory`.
 
     With `measure` set before a step, on every rank, that step leaves `telemetry()`.
     """
@@ -125,6 +127,8 @@ class ManifoldMuon(torch.optim.Optimizer):
         self._forget()
         self._shares = _Shares(process_group) if process_group else None
         super().__init__(params, defaults)
+        if self._device().type == "cpu":
+            keep_freed_memory()
 
     def _forget(self) -> None:
         self.measure = False

@@ -31,6 +31,7 @@ from trainers.checkpoint import Progress, TrainState
 from trainers.config import SCHEMA_VERSION, RunConfig, run_id
 from trainers.distributed import Group, join
 from trainers.errors import InputError
+from trainers.memory import keep_freed_memory
 from trainers.models import Model, build
 from trainers.optim import ManifoldMuon
 from trainers.param_groups import NamedParameter, classify, optimizer_groups
@@ -71,6 +72,7 @@ def train(
         InputError: data or batch shape that cannot be trained on.
     """
     torch.set_num_threads(run.runtime.threads)
+    keep_freed_memory()
     tokens = corpus.prepare(run.data)
     run = run.model_copy(
         update={"data": run.data.model_copy(update={"digest": run.data.digest or tokens.digest})}

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from trainers.iterations import POLAR_STEPS
-from trainers.manifold.msign import NEAR, gram, msign, nonzero, polar_near, product
+from trainers.manifold.msign import (
+    NEAR,
+    column_dots,
+    correction_near,
+    gram,
+    largest_entry,
+    msign,
+    nonzero,
+    polar_near,
+    product,
+)
 
 Manifold = Literal["none", "stiefel", "dgram", "oblique", "spectral"]
 MANIFOLDS: tuple[Manifold, ...] = ("none", "stiefel", "dgram", "oblique", "spectral")
@@ -71,13 +81,29 @@ def columns(W: Tensor) -> tuple[Tensor, Tensor]:  # (..., m, n) -> (..., m, n), 
     The tangent space of a cone does not depend on W's scale, and in these coordinates no factor of a
     product leaves half precision's range, however the norms of the columns differ.
     """
-    norms = W.square().sum(dim=-2, keepdim=True).sqrt()
-    # The square of a float32 need not be one. On a GPU nothing is read, and W scaled in any case.
-    if W.device.type != "cpu" or not bool(((norms > 1e-15) & (norms < 1e15)).all()):
-        _, exponent = torch.frexp(W.abs().amax(dim=(-2, -1), keepdim=True))
-        W = torch.ldexp(W, -exponent)  # exact, so that a batch has the bits of its matrices
-        norms = W.square().sum(dim=-2, keepdim=True).sqrt()
+    W, norms = _with_norms(W)
     return W / nonzero(norms), (norms / nonzero(norms.amax(dim=-1, keepdim=True))).squeeze(-2)
+
+
+def _with_norms(W: Tensor) -> tuple[Tensor, Tensor]:  # (..., m, n) -> (..., m, n), (..., 1, n)
+    """W, scaled where squares leave its range, and the norms of its columns."""
+    squares = column_dots(W, W)
+    if _out_of_range(squares):
+        W, _ = _scaled(W)
+        squares = column_dots(W, W)
+    return W, squares.sqrt()
+
+
+def _out_of_range(squares: Tensor) -> bool:
+    """Whether a matrix with these squared norms must be `_scaled`. On a GPU nothing is read: any is."""
+    return squares.device.type != "cpu" or not bool(((squares > 1e-30) & (squares < 1e30)).all())
+
+
+def _scaled(W: Tensor) -> tuple[Tensor, Tensor]:  # (..., m, n) -> (..., m, n), (..., 1, 1)
+    """W with its largest entry in [1/2, 1), and the power of two that undoes it: exact, so that a batch has
+    the bits of its matrices."""
+    _, exponent = torch.frexp(largest_entry(W))
+    return torch.ldexp(W, -exponent), torch.ldexp(torch.ones_like(exponent, dtype=W.dtype), exponent)
 
 
 def frame(W: Tensor, manifold: str) -> tuple[Tensor, Tensor]:
@@ -108,12 +134,22 @@ def tangent_project(
     if manifold in ("none", "spectral"):
         return A.clone()
     wide = A.size(-2) < A.size(-1)
-    A = _tall(A)
-    Q, lengths = frame(_tall(W), manifold)
-    D = lengths.unsqueeze(-1)
-    M = D * product(Q.mT, A, dtype).to(A.dtype)
-    multiplier = tangent_weights(lengths) * constrained_part(M + M.mT, manifold)
-    T = A - product(Q, D * multiplier, dtype).to(A.dtype)
+    W, A = _tall(W), _tall(A)
+    D: Tensor | float
+    if manifold == "stiefel" or dtype == torch.float16:
+        W, lengths = frame(W, manifold)
+        weights, D = tangent_weights(lengths), lengths.unsqueeze(-1)
+    else:  # every other type has the range that W's own columns take
+        W, norms = _with_norms(W)
+        longest = nonzero(norms.amax(dim=-1, keepdim=True))
+        weights, D = tangent_weights((norms / longest).squeeze(-2)) / longest.square(), 1.0
+    W = W.to(dtype or W.dtype)
+    M = D * product(W.mT, A, dtype).to(weights.dtype)
+    multiplier = D * (weights * constrained_part(M + M.mT, manifold))
+    if A.ndim == 3 and A.dtype == W.dtype:
+        T = torch.baddbmm(A, W, multiplier.to(W.dtype), alpha=-1)
+    else:
+        T = A - product(W, multiplier, dtype).to(A.dtype)
     return T.mT if wide else T
 
 
@@ -161,8 +197,7 @@ def retract(
     elif manifold == "stiefel":
         W = _polar(V, radius, dtype)
     elif method == "column_norm":
-        Q = _polar(columns(V)[0], radius, dtype)
-        W = Q * (Q * V).sum(dim=-2, keepdim=True)
+        W = _column_norm(V, radius, dtype)
     else:
         W = _svd_sorted(V)
     return W.mT if wide else W
@@ -200,6 +235,44 @@ def _polar(V: Tensor, radius: float | None = None, dtype: torch.dtype | None = N
     if near is not None:
         return near
     return _lapack_factors(V)[0] if V.device.type == "cpu" else msign(V, steps=POLAR_STEPS, method="gram")
+
+
+def _column_norm(V: Tensor, radius: float | None, dtype: torch.dtype | None) -> Tensor:
+    """`W' = Q diag(QᵀV)`, Q the polar factor of V with its columns scaled to unit norm."""
+    # float16 has no range for the columns' own norms.
+    if radius is not None and radius <= NEAR and dtype != torch.float16:
+        W = _column_norm_near(V, radius, dtype)
+        if W is not None:
+            return W
+    Q = _polar(columns(V)[0], radius, dtype)
+    return Q * column_dots(Q, V)
+
+
+def _column_norm_near(V: Tensor, radius: float, dtype: torch.dtype | None) -> Tensor | None:
+    """`column_norm` of a V with nearly orthogonal columns: V D⁻¹ has the polar factor Q = V D⁻¹ (I + C), and
+    all that is left but one product is n x n. None where V is too far away."""
+    shape = V.shape
+    V = V.reshape(-1, *shape[-2:])
+    K = gram(V)
+    squares = K.diagonal(dim1=-2, dim2=-1)
+    power: Tensor | float = 1.0
+    if _out_of_range(squares):
+        V, power = _scaled(V)
+        K = gram(V)
+        squares = K.diagonal(dim1=-2, dim2=-1)
+    inverse = 1 / nonzero(squares.sqrt()).unsqueeze(-1)  # (B, n, 1)
+    E = inverse * K * inverse.mT
+    E.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    found = correction_near(E, radius, dtype=dtype)
+    if found is None:
+        return None
+    C, scale, dtype = found
+    if scale is not None:
+        inverse = inverse * scale
+    C = inverse * C
+    dots = (C * K).sum(dim=-2, keepdim=True) + inverse.mT * squares.unsqueeze(-2)  # diag(QᵀV), (B, 1, n)
+    dots = dots * power
+    return product(V, C * dots, dtype).to(V.dtype).addcmul_(V, inverse.mT * dots).reshape(shape)
 
 
 def _svd_sorted(V: Tensor) -> Tensor:

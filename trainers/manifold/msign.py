@@ -161,6 +161,20 @@ def product(A: Tensor, B: Tensor, dtype: torch.dtype | None = None) -> Tensor:  
     return (A[0] @ B[0]).unsqueeze(0) if A.ndim == 3 and A.size(0) == 1 else A @ B
 
 
+def column_dots(A: Tensor, B: Tensor) -> Tensor:  # (..., m, n) twice -> (..., 1, n)
+    """Dot product of every column of A with the same one of B. On a CPU by blocks of rows: a temporary of
+    their size is memory fresh from the system, which costs more than the arithmetic."""
+    if A.device.type != "cpu":
+        return (A * B).sum(dim=-2, keepdim=True)
+    blocks = zip(torch.split(A, 256, dim=-2), torch.split(B, 256, dim=-2), strict=True)
+    return torch.stack([(a * b).sum(dim=-2, keepdim=True) for a, b in blocks]).sum(dim=0)
+
+
+def largest_entry(X: Tensor) -> Tensor:  # (..., m, n) -> (..., 1, 1)
+    """max |x_ij|; NaN if there is one."""
+    return torch.maximum(X.amax(dim=(-2, -1), keepdim=True), -X.amin(dim=(-2, -1), keepdim=True))
+
+
 def nonzero(x: Tensor) -> Tensor:
     """x as a divisor: its zeros replaced by 1."""
     return x.masked_fill(x == 0, 1.0)
@@ -178,7 +192,7 @@ def _unit_norm(X: Tensor, norm: float) -> tuple[Tensor, Tensor]:
     By the largest entry first: the square of a float32 number need not be one.
     """
     X = X.float() if X.dtype in HALF else X
-    largest = nonzero(X.abs().amax(dim=(-2, -1), keepdim=True))
+    largest = nonzero(largest_entry(X))
     Y = X / largest
     factor = norm / nonzero(_size(Y))
     return Y.mul_(factor), factor / largest
@@ -203,8 +217,13 @@ def _gram_iterate(
     after a group Y becomes Y Z₁ … Z_g. (The composition restarts from Y because rounding makes the
     carried K drift from YᵀY.)"""
     m, n = X.shape[-2:]
-    # σ_max <= n^(1/4) keeps K and K² within float16's range; the true scale follows from K².
-    Y, factor = _unit_norm(X, n**0.25)
+    # The true scale follows from K². Until then any will do that keeps K and K² within range: in float16
+    # σ_max <= n^(1/4).
+    if dtype == torch.float16:
+        Y, factor = _unit_norm(X, n**0.25)
+    else:
+        largest = nonzero(largest_entry(X))
+        Y, factor = X / largest, 1 / largest
     Y = Y.to(dtype)
     groups = gram_groups(m, n, steps, _name(dtype))
     safety = _GRAM_SAFETY.get(dtype, _SAFETY) if max(groups) > 1 else _SAFETY
@@ -283,24 +302,37 @@ def polar_near(
     """
     shape = X.shape
     X = X.reshape(-1, *shape[-2:])
-    E = gram_error(X)
+    found = correction_near(gram_error(X), radius, dtype=dtype)
+    if found is None:
+        return None
+    D, scale, dtype = found
+    return apply_correction(X if scale is None else X * scale, D, dtype).reshape(shape)
+
+
+def correction_near(
+    E: Tensor,  # (B, n, n)
+    radius: float,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, torch.dtype | None] | None:
+    """The arithmetic of `polar_near` on E = XᵀX - I alone: (D, s, precision of X D) so that the polar factor
+    is s (X + X D), s (B, 1, 1) or None for 1; or None where X is too far away."""
     size = E.norm(dim=(-2, -1), keepdim=True)
     if radius > COARSE:
         dtype = None
-    steps = 6
-    if X.device.type == "cpu":
-        largest = float(size.amax())
-        # ‖E‖₂ <= ‖E²‖_F^(1/2), which grows with n^(1/4) where ‖E‖_F grows with n^(1/2).
-        if not (largest < 1 or float(_size(product(E, E)).amax()) < 1):
-            return None
-        if largest > 2 * COARSE * shape[-1] ** 0.5:
-            dtype = None
-    else:
-        steps = steps_from(radius, 3e-5 if dtype in HALF else CONVERGED)
+    if E.device.type != "cpu":
         scale = ((1 + size) / (1 + _REACH)).clamp_min(1.0)
-        X, E = X * scale.rsqrt(), E / scale
+        E = E / scale
         E.diagonal(dim1=-2, dim2=-1).add_((1 / scale - 1).squeeze(-1))
-    return apply_correction(X, inverse_root(E, steps, dtype), dtype).reshape(shape)
+        steps = steps_from(radius, 3e-5 if dtype in HALF else CONVERGED)
+        return inverse_root(E, steps, dtype), scale.rsqrt(), dtype
+    largest = float(size.amax())
+    # ‖E‖₂ <= ‖E²‖_F^(1/2), which grows with n^(1/4) where ‖E‖_F grows with n^(1/2).
+    if not (largest < 1 or float(_size(product(E, E)).amax()) < 1):
+        return None
+    if largest > 2 * COARSE * E.size(-1) ** 0.5:
+        dtype = None
+    return inverse_root(E, 6, dtype), None, dtype
 
 
 def gram_error(X: Tensor) -> Tensor:  # (B, m, n) -> (B, n, n)
@@ -345,7 +377,7 @@ def _is_rounding(E: Tensor, square: Tensor, dtype: torch.dtype) -> bool:
 
 def apply_correction(X: Tensor, D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """X + X D."""
-    return X + product(X, D, dtype).to(X.dtype)  # at once, mixed types are slow
+    return product(X, D, dtype).to(X.dtype).add_(X)  # of one type: mixed ones are slow
 
 
 def steps_from(radius: float, tolerance: float = CONVERGED) -> int:

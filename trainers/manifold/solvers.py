@@ -168,7 +168,7 @@ def _symmetric(M: Tensor) -> Tensor:
 def _projected(
     W: Tensor, G: Tensor, manifold: str, sign: Sign, polish: bool, dtype: torch.dtype | None
 ) -> Tensor:
-    A = sign(tangent_project(W, G, manifold, dtype=dtype))
+    A = sign(tangent_project(W, G.to(dtype or G.dtype), manifold, dtype=dtype)).to(G.dtype)
     if polish:
         T = tangent_project(W, A, manifold, dtype=dtype)
         A = 1.5 * T - 0.5 * product(T, product(T.mT, T, dtype), dtype)
