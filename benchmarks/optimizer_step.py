@@ -505,7 +505,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--layers", type=int, help="default: 1 on a CPU, 12 on a GPU")
     parser.add_argument("--width", type=int, help="of the model; default: GPT-2 small's 768")
-    parser.add_argument("--repeats", type=int, help="default: 7 on a CPU, 20 on a GPU")
+    parser.add_argument("--repeats", type=int, help="default: 21 on a CPU, 20 on a GPU")
     parser.add_argument(
         "--slow-repeats",
         type=int,
@@ -535,7 +535,7 @@ def complete(options: argparse.Namespace, device: torch.device) -> None:
     if options.width is None:
         options.width = 64 if options.quick else 768
     if options.repeats is None:
-        options.repeats = 2 if options.quick else 20 if gpu else 7
+        options.repeats = 2 if options.quick else 20 if gpu else 21
     if options.slow_repeats is None:
         options.slow_repeats = 2 if options.quick else 3
     options.repeats = max(options.repeats, options.slow_repeats)
