@@ -22,7 +22,7 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 """Names that become paths or object keys."""
 
 ManifoldName = Literal["none", "stiefel", "dgram", "oblique", "spectral"]
-SolverName = Literal["dual_ascent", "projected", "exact"]
+SolverName = Literal["dual_ascent", "projected", "exact", "plain"]
 MsignName = Literal["polar_express", "gram", "newton_schulz"]
 DgramRetraction = Literal["svd_sorted", "column_norm"]
 Precision = Literal["float32", "bfloat16"]
@@ -143,9 +143,10 @@ class MuonConfig(Section):
     exact_steps: Count | None = None
     cg_steps: Count = 16
     retraction: DgramRetraction = "svd_sorted"
-    """How DGram weights return to the manifold; the others have one retraction."""
+    """How DGram weights return to the manifold, under either optimizer; the others have one retraction."""
     qkv: Literal["fused", "split", "per_head"] = "fused"
-    """What of attention's input weight is one matrix: all of it, each of Q, K and V, or each head of each."""
+    """What of attention's input weight is one matrix to Muon and to a retraction: all of it, each of Q, K
+    and V, or each head of each."""
     update_scale: Literal["unit", "rows_over_cols"] = "unit"
     """`rows_over_cols` multiplies updates by √max(1, rows / cols)."""
     msign: MsignName = "polar_express"
@@ -167,16 +168,11 @@ class ModuleAssignment(Section):
 
     manifold: ManifoldName = "none"
     optimizer: Literal["muon", "adamw"] = "muon"
+    """`adamw` with a manifold is AdamW's step, then the retraction."""
     lr_multiplier: Positive = 1.0
     weight_decay: NonNegative | None = None
     """None is the paper's rule: the optimizer's own decay when unconstrained, 0 on a manifold.
     On a manifold it is applied before the retraction: W *= 1 - lr * weight_decay."""
-
-    @model_validator(mode="after")
-    def _manifold_needs_muon(self) -> Self:
-        if self.optimizer == "adamw" and self.manifold != "none":
-            raise ValueError(f'manifold "{self.manifold}" needs optimizer: muon')
-        return self
 
 
 def _bare_name(value: Any) -> Any:
@@ -330,11 +326,12 @@ def science(run: RunConfig) -> dict[str, Any]:
 def _unread(run: RunConfig) -> set[str]:
     """Keys of `optimizer.muon` that this run's assignment does not read, or that say the same twice."""
     muon = run.optimizer.muon
-    managed = [m for m in (run.assignment.attn, run.assignment.mlp) if m.optimizer == "muon"]
+    modules = (run.assignment.attn, run.assignment.mlp)
+    managed = [m for m in modules if m.optimizer == "muon"]
     constrained = {m.manifold for m in managed} - {"none", "spectral"}  # the solver's business
     unread = {"weight_decay"}  # said by the modules
     if not managed:
-        unread |= set(MuonConfig.model_fields)
+        unread |= set(MuonConfig.model_fields) - {"retraction", "qkv"}
     options = {
         "dual_ascent": {"dual_steps", "dual_alpha", "dual_impl"},
         "projected": {"polish"},
@@ -345,9 +342,9 @@ def _unread(run: RunConfig) -> set[str]:
             unread |= names
     if not constrained:
         unread |= {"solver"}
-    if "dgram" not in constrained:
+    if "dgram" not in {m.manifold for m in modules}:
         unread |= {"retraction"}
-    if run.assignment.attn.optimizer != "muon":
+    if run.assignment.attn.optimizer != "muon" and run.assignment.attn.manifold == "none":
         unread |= {"qkv"}
     if muon.msign_dtype == run.precision:
         unread |= {"msign_dtype"}

@@ -67,7 +67,7 @@ def direction_flops(m: int, n: int, manifold: str, run: RunConfig) -> float:
         return msign_flops(rows, n, steps, method, precision)
 
     gram = 2.0 * m * n * n
-    if manifold in ("none", "spectral"):
+    if manifold in ("none", "spectral") or muon.solver == "plain":
         return sign(m)
     if muon.solver == "dual_ascent":
         if muon.dual_impl == "published" or not reduces(m, n, manifold):
@@ -106,14 +106,11 @@ def optimizer_step_flops(run: RunConfig) -> float:
     total = 0.0
     for kind, shapes in matrices(run.model).items():
         module = getattr(run.assignment, kind)
-        if module.optimizer != "muon":
-            continue
         if kind == "attn":
             shapes = [*_blocks(shapes[0], run), *shapes[1:]]
-        total += sum(
-            direction_flops(m, n, module.manifold, run) + retraction_flops(m, n, module.manifold, run)
-            for m, n in shapes
-        )
+        total += sum(retraction_flops(m, n, module.manifold, run) for m, n in shapes)
+        if module.optimizer == "muon":
+            total += sum(direction_flops(m, n, module.manifold, run) for m, n in shapes)
     return run.model.n_layer * total
 
 

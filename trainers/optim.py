@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from trainers.manifold import (
 )
 from trainers.manifold.msign import HALF, NEAR
 from trainers.memory import keep_freed_memory
+from trainers.retraction import exact_products, stands_still
 
 UPDATE_SCALES = ("unit", "rows_over_cols")
 _SOLVE_OPTIONS = (
@@ -74,7 +74,7 @@ class ManifoldMuon(torch.optim.Optimizer):
         momentum: Nesterov momentum.
         weight_decay: decoupled, applied before the retraction.
         manifold: `none`, `stiefel`, `dgram`, `oblique` or `spectral`.
-        solver: `projected`, `exact` or `dual_ascent`; see `trainers.manifold.solve`.
+        solver: `projected`, `exact`, `dual_ascent` or `plain`; see `trainers.manifold.solve`.
         retraction: None is the manifold's default; see `trainers.manifold.retract`.
         row_blocks: a parameter is this many matrices on top of one another, each on its own manifold:
             3 for a fused query-key-value weight, 3 * n_head for its heads.
@@ -151,7 +151,7 @@ class ManifoldMuon(torch.optim.Optimizer):
         """Put every weight on its manifold, in place. Every rank does all of it."""
         for state in self.state.values():
             state.pop("master", None)
-        with _exact_products(self._device()):
+        with exact_products(self._device()):
             for item in self._items():
                 W = self._gather(item, self._weight)
                 group = item.group
@@ -164,9 +164,9 @@ class ManifoldMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with _exact_products(self._device()):
+        with exact_products(self._device()):
             self._update_momentum()
-            items = [item for item in self._items(with_grad=True) if not _stands_still(item.group)]
+            items = [item for item in self._items(with_grad=True) if not stands_still(item.group)]
             self._telemetry = []
             if self._shares is None:
                 for item in items:
@@ -425,19 +425,6 @@ class _Shares:
         return store
 
 
-@contextmanager
-def _exact_products(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32: a Gram matrix that is wrong by 1e-3 would be taken for the weight's error."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        known = torch.amp.is_autocast_available(device.type)
-        with torch.autocast(device.type, enabled=False) if known else nullcontext():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
 def _statistics(W: Tensor, V: Tensor, A: Tensor, manifold: str) -> Tensor:  # (B, m, n) thrice -> (B, 4)
     change, size = (torch.linalg.matrix_norm(X) for X in (V - W, W))
     direction = spectral_norm(A, squarings=10)
@@ -448,10 +435,6 @@ def _statistics(W: Tensor, V: Tensor, A: Tensor, manifold: str) -> Tensor:  # (B
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
-
-
-def _stands_still(group: dict[str, Any]) -> bool:
-    return not isinstance(group["lr"], Tensor) and group["lr"] == 0
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -69,23 +69,22 @@ def optimizer_groups(
     for kind in MATRIX_KINDS:
         module: ModuleAssignment = getattr(run.assignment, kind)
         members = [(p.name, p.parameter) for p in named if p.kind == kind]
-        decay = module_weight_decay(module, run.optimizer)
-        if module.optimizer == "adamw":
-            adamw_groups.append(_group(kind, members, adamw.lr * module.lr_multiplier, weight_decay=decay))
-            continue
         options = {
+            "weight_decay": module_weight_decay(module, run.optimizer),
             "manifold": module.manifold,
-            "solver": muon.solver,
             "retraction": muon.retraction if module.manifold == "dgram" else None,
-            "weight_decay": decay,
         }
-        peak_lr = muon.lr * module.lr_multiplier
+        if module.optimizer == "muon":
+            groups, peak_lr = muon_groups, muon.lr * module.lr_multiplier
+            options["solver"] = muon.solver
+        else:
+            groups, peak_lr = adamw_groups, adamw.lr * module.lr_multiplier
         stacked = [m for m in members if m[0].endswith(".c_attn.weight") and muon.qkv != "fused"]
         whole = [m for m in members if m not in stacked]
-        muon_groups.append(_group(kind, whole, peak_lr, **options))
+        groups.append(_group(kind, whole, peak_lr, row_blocks=1, **options))
         if stacked:
             blocks = 3 * (run.model.n_head if muon.qkv == "per_head" else 1)
-            muon_groups.append(_group(kind, stacked, peak_lr, row_blocks=blocks, **options))
+            groups.append(_group(kind, stacked, peak_lr, row_blocks=blocks, **options))
     for kind, decay in (("embedding", adamw.weight_decay), ("norm", 0.0)):
         members = [(p.name, p.parameter) for p in named if p.kind == kind]
         adamw_groups.append(_group(kind, members, adamw.lr, weight_decay=decay))

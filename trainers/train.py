@@ -39,6 +39,7 @@ from trainers.probes.spectra import spectrum_records
 from trainers.probes.updates import is_measured, update_records
 from trainers.provenance import code_digest, provenance
 from trainers.records import EvalRecord, PartWriter, Record, StepRecord, Summary
+from trainers.retraction import retract_after_steps
 from trainers.schedule import lr_factor
 from trainers.stability import EARLY_TERMINATION, HARD_SPIKE, Fired, judge
 
@@ -204,6 +205,7 @@ def _optimizers(
     optimizers: dict[str, torch.optim.Optimizer] = {
         "adamw": torch.optim.AdamW(adamw_groups, lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, fused=True)
     }
+    retract_after_steps(optimizers["adamw"])
     if muon_groups:
         optimizers["muon"] = ManifoldMuon(
             muon_groups,

@@ -306,6 +306,17 @@ def test_an_option_that_is_never_read_keeps_the_hash(setting, path, value):
     assert digest(changed) == digest(config(**setting))
 
 
+@pytest.mark.parametrize(
+    ("manifold", "path", "value"),
+    [("dgram", "optimizer.muon.retraction", "column_norm"), ("stiefel", "optimizer.muon.qkv", "split")],
+)
+def test_a_manifold_under_adamw_reads_how_its_weights_return(manifold, path, value):
+    setting = {f"assignment.{kind}": {"optimizer": "adamw", "manifold": manifold} for kind in ("attn", "mlp")}
+    assert digest(config(**{**setting, path: value})) != digest(config(**setting))
+    unread = {**setting, "optimizer.muon.solver": "exact", "optimizer.muon.lr": 0.5}
+    assert digest(config(**unread)) == digest(config(**setting))
+
+
 def test_an_unknown_digest_has_no_id():
     with pytest.raises(ValueError, match="digest"):
         run_id(RunConfig())

@@ -23,8 +23,8 @@ from trainers.manifold.manifolds import (
 )
 from trainers.manifold.msign import gram, msign, msign_and_root, nonzero, product
 
-Solver = Literal["dual_ascent", "projected", "exact"]
-SOLVERS: tuple[Solver, ...] = ("dual_ascent", "projected", "exact")
+Solver = Literal["dual_ascent", "projected", "exact", "plain"]
+SOLVERS: tuple[Solver, ...] = ("dual_ascent", "projected", "exact", "plain")
 DUAL_IMPLS = ("published", "reduced")
 Sign = Callable[[Tensor], Tensor]
 
@@ -51,9 +51,10 @@ def solve(
         manifold: `none` and `spectral` give plain Muon, `msign(G)`, whatever the solver.
         solver: `dual_ascent` (as published; uses `dual_steps`, `dual_alpha`, and depends on the
             scale of G), `projected` (one `msign` of the tangent part of G; `polish` adds one
-            re-tangent and one Newton-Schulz step; scale-free), or `exact` (towards the optimum, by
+            re-tangent and one Newton-Schulz step; scale-free), `exact` (towards the optimum, by
             `exact_steps` rounds of majorise-minimise with `cg_steps` conjugate gradients each;
-            scale-free). For a square Stiefel W both of the latter take the optimum's closed form.
+            scale-free), or `plain` (Muon's `msign(G)`, not tangent at all: the retraction alone keeps W).
+            For a square Stiefel W `projected` and `exact` take the optimum's closed form.
         dual_impl: `published` multiplies as the paper does; `reduced` runs the same loop on the
             coordinates of G + 2WΛ in the columns of W and the rest of G, 2n x n instead of m x n.
         exact_steps: None is `trainers.iterations.default_rounds`.
@@ -76,7 +77,7 @@ def solve(
     def sign(X: Tensor) -> Tensor:
         return msign(X, steps=msign_steps, dtype=msign_dtype, method=msign_method)
 
-    if manifold in ("none", "spectral"):
+    if solver == "plain" or manifold in ("none", "spectral"):
         return sign(G)
     wide = G.size(-2) < G.size(-1)
     shape = G.mT.shape if wide else G.shape
