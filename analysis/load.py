@@ -53,8 +53,8 @@ _SCALARS = {"str": "string", "int": "int64", "float": "float64"}
 class Frames:
     """All that tables and figures are made from.
 
-    `runs` has the columns of `RUN_DTYPES` and one per path in `axes`; `steps`, `evals`, `spectra` and
-    `updates` are long, with `run_id`, `arm`, `seed` and the record's scalar fields (`long_dtypes`).
+    `runs` has the columns of `RUN_DTYPES` and one per path in `axes`; the frames of records, `steps`
+    to `costs`, are long, with `run_id`, `arm`, `seed` and the record's scalar fields (`long_dtypes`).
     """
 
     store: str
@@ -69,6 +69,10 @@ class Frames:
     evals: pd.DataFrame
     spectra: pd.DataFrame
     updates: pd.DataFrame
+    heads: pd.DataFrame
+    attention: pd.DataFrame
+    flow: pd.DataFrame
+    costs: pd.DataFrame
     verdicts: Mapping[str, Verdict]
     configs: Mapping[str, Mapping[str, Any]]
     """The `config.json` of each run that has one."""
@@ -145,6 +149,10 @@ def _frames(
         evals=_long("evals", readings, owners),
         spectra=_long("spectra", readings, owners),
         updates=_long("updates", readings, owners),
+        heads=_long("heads", readings, owners),
+        attention=_long("attention", readings, owners),
+        flow=_long("flow", readings, owners),
+        costs=_long("costs", readings, owners),
         verdicts={r: reading.verdict for r, reading in readings.items() if reading.verdict},
         configs={r: reading.config for r, reading in readings.items() if reading.config},
         notes=tuple(note for reading in readings.values() for note in reading.notes),

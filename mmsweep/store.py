@@ -444,7 +444,7 @@ class RunStore:
         return [line for kind in KINDS for line in self._read(run_id, kind).alarms.values()]
 
     def compact(self, run_id: str) -> dict[str, int]:
-        """Turn the parts of all attempts into one Parquet file per kind; rows by kind.
+        """Turn the parts of all attempts into one Parquet file per kind; rows by kind, where there are any.
 
         Every file is written before the first part is deleted. Where a crash leaves both, readers
         merge them, so calling it again (at any time) is safe.
@@ -453,7 +453,8 @@ class RunStore:
         done: list[str] = []
         for kind in KINDS:
             read = self._read(run_id, kind)
-            rows[kind] = read.table.num_rows
+            if read.table.num_rows:
+                rows[kind] = read.table.num_rows
             if read.parts:
                 self.objects.put(_key(run_id, f"{kind}.parquet"), to_parquet(read.table, read.alarms))
                 done += read.parts

@@ -96,7 +96,8 @@ def test_the_readme_s_optimizer_trains_a_model_of_one_s_own():
 
 
 def test_the_optimizer_s_example_runs_as_it_stands():
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "optimizer.md").read_text(), re.DOTALL).group(1)
+    text = (ROOT / "docs" / "optimizer.md").read_text()
+    code, adamw = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     torch.manual_seed(0)
     scope = {}
     exec(code, scope)
@@ -107,3 +108,8 @@ def test_the_optimizer_s_example_runs_as_it_stands():
         assert row.direction_norm == pytest.approx(1, abs=0.02)
     W = scope["model"][0].weight.detach()
     assert torch.allclose(W.mT @ W, torch.eye(32), atol=1e-3)
+    scope["model"][0].weight.grad = torch.randn(128, 32)
+    exec(adamw, scope)
+    scope["adamw"].step()
+    W = scope["model"][0].weight.detach()
+    assert torch.allclose(W.mT @ W, torch.eye(32), atol=1e-5)

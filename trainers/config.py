@@ -89,7 +89,8 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where tokens come from.
 
-    `stdlib`: the bytes of this Python's standard library. `text`: local files (`path` is a glob).
+    `stdlib`: the bytes of this Python's standard library. `text`: local files (`path` is a glob);
+    each row of .jsonl, .jsonl.gz and .parquet files is a document, any other file is one whole.
     `bin`: ready token shards (`path` is a folder or glob of .bin files). `hf`: a Hugging Face
     data set (`dataset`, pinned `revision`).
     """
@@ -98,6 +99,10 @@ class DataConfig(Section):
     path: str | None = None
     dataset: str | None = None
     revision: str | None = None
+    subset: str | None = None
+    """Configuration of a data set that has several, such as `sample-10BT`."""
+    rows: Count | None = None
+    """How many rows the data set must have; None takes it as it is."""
     text_column: str = "text"
     tokenizer: Literal["bytes", "gpt2"] = "bytes"
     val_fraction: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.1
@@ -107,11 +112,12 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _source_has_its_keys(self) -> Self:
         needs = {"stdlib": (), "text": ("path",), "bin": ("path",), "hf": ("dataset", "revision")}
+        reads = (*needs[self.source], *(("subset", "rows") if self.source == "hf" else ()))
         for key in needs[self.source]:
             if getattr(self, key) is None:
                 raise ValueError(f'source "{self.source}" needs the key "{key}"')
-        for key in ("path", "dataset", "revision"):
-            if getattr(self, key) is not None and key not in needs[self.source]:
+        for key in ("path", "dataset", "revision", "subset", "rows"):
+            if getattr(self, key) is not None and key not in reads:
                 raise ValueError(f'source "{self.source}" does not use the key "{key}"')
         if self.source == "hf" and "/" not in str(self.dataset):
             raise ValueError(f'data set "{self.dataset}" needs its namespace, as in "owner/name"')
@@ -233,6 +239,20 @@ class StabilityConfig(Section):
 class ProbesConfig(Section):
     spectra: Flag = True
     """Singular values and Gram statistics of every attention and MLP matrix at each evaluation."""
+    heads: Flag = True
+    """Singular values of W_Q, W_K and W_V, whole and by head, and of their product, at evaluations."""
+    attention: Flag = True
+    """Logits, entropy and softmax Jacobian by head, on fixed sequences."""
+    attention_every: Count | None = None
+    """Steps from one to the next; None measures at evaluations."""
+    flow: Flag = True
+    """Gradient, update and activations of every attention and MLP matrix."""
+    flow_every: Count = 10
+    costs: Flag = True
+    """Speed, and where the time of a step goes."""
+    costs_every: Count = 10
+    sequences: Count = 2
+    """Sequences of the validation set that `attention` and `flow` look at."""
     updates: Flag = True
     """Tangency, length and effect of Muon's steps, measured inside the optimizer."""
     updates_every: Count | None = None
@@ -247,6 +267,11 @@ class RuntimeConfig(Section):
     """Sequences per forward pass and worker; None takes the worker's whole share."""
     compile: Flag | None = None
     """None compiles on CUDA alone."""
+    activation_checkpointing: Flag = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    fetch_every: Count | None = None
+    """Steps whose losses are read from the device at once; None is 1 on a CPU and 10 on CUDA. Divergence
+    and requests to stop are noticed then."""
     threads: Annotated[int, Field(strict=True, ge=1, le=1024)] = 1
     checkpoint_every: Count = 1_000
     keep_checkpoints: Count = 2

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainers.clock import Span, no_span
 from trainers.manifold import (
     DUAL_IMPLS,
     MANIFOLDS,
@@ -95,7 +96,8 @@ class ManifoldMuon(torch.optim.Optimizer):
     Autocast and reduced float32 products (TF32) are switched off inside. On a CPU, glibc is asked to keep
     freed memory in the process; see `trainers.memory`.
 
-    With `measure` set before a step, on every rank, that step leaves `telemetry()`.
+    With `measure` set before a step, on every rank, that step leaves `telemetry()`. With `span` set to that
+    of a `trainers.clock.Clock` its parts are timed: "solver", "retraction", "communication".
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         self.measure = False
+        self.span: Span = no_span
         self._telemetry: list[tuple[_Item, Tensor]] = []
         self._plans: dict[tuple[Any, ...], list[_Item]] = {}
 
@@ -172,7 +175,7 @@ class ManifoldMuon(torch.optim.Optimizer):
                 for item in items:
                     self._finish(item, *self._update(item))
             else:
-                self._shares.run(items, self._update, self._finish, measured=self.measure)
+                self._shares.run(items, self._update, self._finish, measured=self.measure, span=self.span)
         return loss
 
     def telemetry(self) -> list[Telemetry]:
@@ -218,14 +221,16 @@ class ManifoldMuon(torch.optim.Optimizer):
         G = self._gather(item, lambda p: self._direction(p, group["momentum"]))
         options = {name: group[name] for name in _SOLVE_OPTIONS}
         dtype = options["msign_dtype"] = options["msign_dtype"] or default_dtype(W)
-        A = solve(W, G, manifold, **options)
+        with self.span("solver"):
+            A = solve(W, G, manifold, **options)
         V = W * (1 - lr * decay) if decay else W
         V = V - (lr * item.scale) * A if isinstance(lr, Tensor) else torch.add(V, A, alpha=-lr * item.scale)
         # ‖A‖₂ <= 1, with two percent for rounding; W has norm 1 where the radius is read. A step size
         # on the device is not known here; the way back copes with a wrong radius.
         radius = NEAR if isinstance(lr, Tensor) else lr * (1.02 * item.scale + decay)
         coarse = dtype if dtype in HALF else None
-        V = retract(V, manifold, method=group["retraction"], radius=radius, dtype=coarse)
+        with self.span("retraction"):
+            V = retract(V, manifold, method=group["retraction"], radius=radius, dtype=coarse)
         if isinstance(lr, Tensor):
             V = torch.where(lr == 0, W, V)
         return V, _statistics(W, V, A, manifold) if self.measure else None
@@ -365,13 +370,14 @@ class _Shares:
         finish: Callable[[_Item, Tensor, Tensor | None], None],
         *,
         measured: bool,
+        span: Span,
     ) -> None:
         """`update` this rank's items, `finish` everybody's; `measured` says that there is telemetry."""
         before: Callable[[], None] | None = None
         for turn in self.turns(items):
             mine = turn[self.rank]
             result = update(mine) if mine else None
-            after = self._exchange(turn, result, finish, measured)
+            after = self._exchange(turn, result, finish, measured, span)
             if before:
                 before()
             before = after
@@ -399,6 +405,7 @@ class _Shares:
         result: tuple[Tensor, Tensor | None] | None,
         finish: Callable[[_Item, Tensor, Tensor | None], None],
         measured: bool,
+        span: Span,
     ) -> Callable[[], None]:
         """Start to gather a turn's weights, and telemetry after them; returns what waits and stores them."""
         some = next(item for item in turn if item)
@@ -414,7 +421,8 @@ class _Shares:
         work = _all_gather(received, sent, group=self.group, async_op=True)
 
         def store(_keep: Tensor = sent) -> None:  # the exchange reads it until it is waited for
-            work.wait()
+            with span("communication"):
+                work.wait()
             for item, part in zip(turn, received.view(self.size, length), strict=True):
                 if item is None:
                     continue

@@ -69,7 +69,7 @@ def optimizer_groups(
     for kind in MATRIX_KINDS:
         module: ModuleAssignment = getattr(run.assignment, kind)
         members = [(p.name, p.parameter) for p in named if p.kind == kind]
-        options = {
+        options: dict[str, Any] = {
             "weight_decay": module_weight_decay(module, run.optimizer),
             "manifold": module.manifold,
             "retraction": muon.retraction if module.manifold == "dgram" else None,

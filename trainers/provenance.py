@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from trainers.config import RunConfig
+from trainers.devices import device_name, peak
 from trainers.flops import cost
 
 PACKAGES = ("torch", "numpy", "ray", "safetensors", "tiktoken", "datasets", "pydantic")
@@ -25,6 +26,7 @@ def provenance(
     """Facts for a run's `config.json`. `tokens` is the digest of what was really read."""
     on_gpu = device.type == "cuda"
     price = cost(run)
+    known = peak(device_name(device))
     return {
         "attempt": attempt,
         "tokens": tokens,
@@ -35,7 +37,9 @@ def provenance(
         "cuda": torch.version.cuda if on_gpu else None,
         "host": platform.node(),
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "device": device_name(device),
+        "peak_flops": getattr(known, run.precision) if known else None,
+        "peak_source": known.source if known else None,
         "world_size": world_size,
         "parameters": price.parameters,
         "model_flops_per_step": price.model_step,

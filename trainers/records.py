@@ -138,6 +138,98 @@ class UpdateRecord(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class HeadRecord(Record):
+    """Singular values of one part of attention's input weight, whole or of one head."""
+
+    kind: ClassVar[str] = "heads"
+    key: ClassVar[tuple[str, ...]] = ("run", "step", "layer", "part", "head")
+    exact: ClassVar[tuple[str, ...]] = ("sigma_max",)
+
+    layer: int
+    part: str
+    """"q", "k", "v", or "qk": the form `W_Qᵀ W_K / √d_head` that makes scores of token features."""
+    head: int
+    """From 0; -1 is all rows of the part ("qk" has heads alone)."""
+    sigma_max: float
+    sigma_min: float
+    """Of as many singular values as the rank can be: for "qk" of the d_head largest."""
+    fro_norm: float
+    effective_rank: float
+    """exp(H(σ / Σσ)): how many equal singular values would have this entropy."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRecord(Record):
+    """How sharp one head's attention is on the probe's sequences; see `trainers.probes.attention`."""
+
+    kind: ClassVar[str] = "attention"
+    key: ClassVar[tuple[str, ...]] = ("run", "step", "layer", "head")
+    exact: ClassVar[tuple[str, ...]] = ("max_logit", "jacobian_norm")
+
+    layer: int
+    head: int
+    max_logit: float
+    """Largest score q·k / √d_head of a token that is seen."""
+    entropy: float
+    """Mean over rows of H(p) / log(tokens seen): 0 for one token, 1 for all alike."""
+    p_max: float
+    """Mean over rows of the largest weight."""
+    jacobian_norm: float
+    """Mean over rows of ‖diag(p) - ppᵀ‖_F."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlowRecord(Record):
+    """Gradient, update and activations of one matrix at one step, whatever its optimizer."""
+
+    kind: ClassVar[str] = "flow"
+    key: ClassVar[tuple[str, ...]] = ("run", "step", "matrix")
+    exact: ClassVar[tuple[str, ...]] = ("grad_norm", "update_ratio")
+
+    matrix: str
+    """Parameter name, e.g. "h.0.attn.c_attn"."""
+    layer: int
+    module: str
+    """"attn" or "mlp"."""
+    grad_norm: float
+    """Frobenius norm before the clip."""
+    clipped_grad_norm: float
+    update_ratio: float
+    """‖W' - W‖_F / ‖W‖_F."""
+    weight_norm: float
+    """‖W'‖_F, after the step."""
+    sigma_max: float
+    """Of W', to the accuracy of `trainers.probes.flow.largest_singular_values`."""
+    activation_rms: float
+    """Root mean square of the matrix's outputs on the probe's sequences, after the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostRecord(Record):
+    """Where the time of one step went, on rank 0, and the speed of the steps since the record before."""
+
+    kind: ClassVar[str] = "costs"
+
+    tokens_per_s: float
+    """Of all workers together, over the steps since the last such record; evaluation does not count."""
+    flop_utilisation: float
+    """Share of the devices' peak that the model's own FLOPs took in that time (MFU): forward and backward,
+    without recomputation and without the optimizer. NaN where the peak of the device is not known."""
+    step_ms: float
+    """The one step that was timed, probes excluded; the next four are parts of it."""
+    forward_backward_ms: float
+    """With the exchange of gradients that goes on at the same time."""
+    solver_ms: float
+    """Directions of Muon."""
+    retraction_ms: float
+    """Inside Muon; what follows AdamW's steps is in none of the parts."""
+    communication_ms: float
+    """Waiting for the optimizer's exchange of new weights."""
+    peak_memory: int
+    """Bytes: of the GPU's memory, or of the process where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """The end of a run; its file is written last, so its presence means complete."""
 
@@ -164,7 +256,17 @@ class Summary:
 
 
 RECORD_TYPES: dict[str, type[Record]] = {
-    t.kind: t for t in (StepRecord, EvalRecord, SpectrumRecord, UpdateRecord)
+    t.kind: t
+    for t in (
+        StepRecord,
+        EvalRecord,
+        SpectrumRecord,
+        UpdateRecord,
+        HeadRecord,
+        AttentionRecord,
+        FlowRecord,
+        CostRecord,
+    )
 }
 KINDS = tuple(RECORD_TYPES)
 

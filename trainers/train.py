@@ -35,8 +35,8 @@ from trainers.memory import keep_freed_memory
 from trainers.models import Model, build
 from trainers.optim import ManifoldMuon
 from trainers.param_groups import NamedParameter, classify, optimizer_groups
-from trainers.probes.spectra import spectrum_records
-from trainers.probes.updates import is_measured, update_records
+from trainers.prefetch import Prefetch
+from trainers.probes.panel import Panel
 from trainers.provenance import code_digest, provenance
 from trainers.records import EvalRecord, PartWriter, Record, StepRecord, Summary
 from trainers.retraction import retract_after_steps
@@ -81,7 +81,8 @@ def train(
     run_dir.mkdir(parents=True, exist_ok=True)
     with join(run.runtime.device) as group:
         work = _set_up(run, run_dir, tokens, group, attempt, on_record)
-        return _loop(work, should_stop)
+        with contextlib.closing(work.prefetch):
+            return _loop(work, should_stop)
 
 
 @dataclass
@@ -92,13 +93,15 @@ class _Work:
     run_dir: Path
     group: Group
     state: TrainState
-    named: list[NamedParameter]
     forward: nn.Module
     """The model as it is called to evaluate: compiled where that pays."""
     network: nn.Module
     """The model as it is called to train: `forward`, in DDP where there are several ranks."""
     train_batches: Batches
     val_batches: Batches
+    prefetch: Prefetch
+    """Of the training batches."""
+    probes: Panel
     share: int
     """Sequences of a batch on this rank."""
     micro: int
@@ -107,6 +110,11 @@ class _Work:
     identity: dict[str, Any]
     started: float
     attempt: int
+
+    @property
+    def name(self) -> str:
+        """The run's id."""
+        return str(self.identity["run_id"])
 
 
 class _Log:
@@ -144,6 +152,7 @@ def _set_up(
     attempt = attempt or _next_attempt(run_dir)
     group.barrier()  # every rank has read the folder before rank 0 writes to it
     model = build(run.model)
+    model.checkpointing = run.runtime.activation_checkpointing
     model.initialize(run.seed)
     model.to(group.device)
     named = classify(model)
@@ -161,16 +170,21 @@ def _set_up(
         )
         config = {"schema": SCHEMA_VERSION, "run_id": name, "config": run.model_dump(mode="json")}
         records.write_json(run_dir / records.CONFIG, {**config, "provenance": facts})
+    train_batches = Batches(tokens.train, run.model.context, run.model.vocab_size)
+    val_batches = Batches(tokens.val, run.model.context, run.model.vocab_size)
+    muon = state.optimizers.get("muon")
+    windows = _probe_windows(run, val_batches, group)
     return _Work(
         run=run,
         run_dir=run_dir,
         group=group,
         state=state,
-        named=named,
         forward=forward,
         network=_data_parallel(forward, run, group, micro),
-        train_batches=Batches(tokens.train, run.model.context, run.model.vocab_size),
-        val_batches=Batches(tokens.val, run.model.context, run.model.vocab_size),
+        train_batches=train_batches,
+        val_batches=val_batches,
+        prefetch=Prefetch(train_batches, run.seed, run.schedule.batch_size, group),
+        probes=Panel(run, model, named, muon, windows, group, run_id=name, attempt=attempt),
         share=share,
         micro=micro,
         log=_Log(PartWriter(run_dir, attempt) if group.is_main else None, listener),
@@ -178,6 +192,12 @@ def _set_up(
         started=time.time(),
         attempt=attempt,
     )
+
+
+def _probe_windows(run: RunConfig, batches: Batches, group: Group) -> Tensor:  # (S, context)
+    """What attention is looked at with: the first sequences of the evaluation set."""
+    rows = batches.batch(EVALUATION_KEY, 0, run.probes.sequences)
+    return torch.from_numpy(rows[:, :-1]).to(group.device)
 
 
 def _batch_shape(run: RunConfig, group: Group) -> tuple[int, int]:
@@ -260,14 +280,14 @@ def _autocast(run: RunConfig, group: Group) -> torch.autocast:
 def _loop(work: _Work, should_stop: Callable[[], bool]) -> Summary | None:
     run, progress = work.run, work.state.progress
     horizon = run.schedule.steps
-    nonfinite_at: int | None = None
+    diverged_at: int | None = None
     if not progress.evaluations:
         _evaluate(work)
     cut = _cut_short(work)
     while progress.step < horizon and cut is None:
-        finite, stop = _train_step(work, should_stop())
+        finite, stop = _train_steps(work, _steps_until_pause(work), should_stop)
         if not finite:
-            nonfinite_at = progress.step
+            diverged_at = progress.step
             break
         if progress.step % run.evaluation.every == 0 or progress.step == horizon:
             _evaluate(work)
@@ -279,64 +299,93 @@ def _loop(work: _Work, should_stop: Callable[[], bool]) -> Summary | None:
         if stop and progress.step < horizon and cut is None:
             return None
     work.log.commit()
-    return _finish(work, nonfinite_at, cut)
+    return _finish(work, diverged_at, cut)
 
 
-def _train_step(work: _Work, wants_stop: bool) -> tuple[bool, bool]:
-    """One optimizer step. Returns (the loss and gradient were finite, some rank wants to stop).
+def _steps_until_pause(work: _Work) -> int:
+    """Steps to the next one after which the host looks at the device."""
+    run, step = work.run, work.state.progress.step
+    fetch_every = run.runtime.fetch_every or (10 if work.group.device.type == "cuda" else 1)
+    periods = [run.evaluation.every, run.runtime.checkpoint_every, fetch_every, *work.probes.periods()]
+    return min([every - step % every for every in periods] + [run.schedule.steps - step])
 
-    Nothing is updated when they were not finite.
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A step that the device may still be working on."""
+
+    factor: float
+    """Of the learning rates."""
+    facts: Tensor
+    """(3,): loss, share of ranks that want to stop, gradient norm; the same on every rank."""
+
+
+def _train_steps(work: _Work, count: int, should_stop: Callable[[], bool]) -> tuple[bool, bool]:
+    """`count` optimizer steps, and their records. Returns (all were finite, some rank wants to stop).
+
+    Weights and optimizers are of no use after a step that was not finite; it is the last one counted.
     """
-    run, group, state = work.run, work.group, work.state
+    progress = work.state.progress
     begun = time.perf_counter()
-    factor = lr_factor(state.progress.step, run.schedule)
-    rows = work.train_batches.batch(
-        run.seed, state.progress.step, run.schedule.batch_size, group.rank, group.world_size
+    pending = [_train_step(work, progress.step + k, should_stop()) for k in range(count)]
+    facts = torch.stack([step.facts for step in pending]).tolist()  # here the host waits for the device
+    seconds = (time.perf_counter() - begun) / count
+    stop = False
+    for step, (loss, stop_votes, norm) in zip(pending, facts, strict=True):
+        stop |= stop_votes > 0
+        progress.step += 1
+        progress.tokens_seen += work.run.tokens_per_step
+        progress.train_seconds += seconds
+        work.log.add(_step_record(work, step.factor, loss, norm, seconds))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return False, stop
+    work.probes.count(count, seconds * count)
+    for record in work.probes.of_step(progress.step):
+        work.log.add(record)
+    return True, stop
+
+
+def _step_record(work: _Work, factor: float, loss: float, grad_norm: float, seconds: float) -> StepRecord:
+    run, progress = work.run, work.state.progress
+    return StepRecord(
+        run=work.name,
+        attempt=work.attempt,
+        step=progress.step,
+        tokens_seen=progress.tokens_seen,
+        loss=loss,
+        grad_norm=grad_norm,
+        lr=run.optimizer.adamw.lr * factor,
+        muon_lr=run.optimizer.muon.lr * factor,
+        step_ms=seconds * 1e3,
+        tokens_per_s=run.tokens_per_step / seconds,
+        time=time.time(),
     )
+
+
+def _train_step(work: _Work, done: int, wants_stop: bool) -> _Pending:
+    """One optimizer step after `done` of them. Nothing is read from the device, unless it is probed."""
+    run, group, state = work.run, work.group, work.state
+    step = done + 1
+    factor = lr_factor(done, run.schedule)
+    rows = work.prefetch.rows(done, last=step == run.schedule.steps)
     if run.model.dropout:
-        torch.manual_seed(_noise_seed(run.seed, state.progress.step, group.rank))
-    loss = _forward_backward(work, _to_device(rows, group))
-    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), run.optimizer.grad_clip)
-    # One exchange for both facts, so that all ranks take the same way.
-    shared = group.sum_(torch.stack([loss, loss.new_tensor(float(wants_stop))]))
-    mean_loss, stop_votes = (shared / group.world_size).tolist()
-    norm = float(grad_norm)
-    finite = math.isfinite(mean_loss) and math.isfinite(norm)
-    if finite:
+        torch.manual_seed(_noise_seed(run.seed, done, group.rank))
+    work.probes.arm(step)
+    with work.probes.span("forward_backward"):
+        loss = _forward_backward(work, rows)
+    work.probes.after_backward()
+    with work.probes.span("update"):
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), run.optimizer.grad_clip)
+        # One exchange for both facts, so that all ranks take the same way.
+        shared = group.sum_(torch.stack([loss, loss.new_tensor(float(wants_stop))]))
         for optimizer in state.optimizers.values():
-            if isinstance(optimizer, ManifoldMuon):
-                optimizer.measure = is_measured(run, state.progress.step + 1)
             for parameters in optimizer.param_groups:
                 parameters["lr"] = parameters["peak_lr"] * factor
             optimizer.step()
+    work.probes.after_step()
     for parameter in state.model.parameters():
         parameter.grad = None
-    progress = state.progress
-    progress.step += 1
-    progress.tokens_seen += run.tokens_per_step
-    seconds = time.perf_counter() - begun
-    progress.train_seconds += seconds
-    work.log.add(
-        StepRecord(
-            run=work.identity["run_id"],
-            attempt=work.attempt,
-            step=progress.step,
-            tokens_seen=progress.tokens_seen,
-            loss=mean_loss,
-            grad_norm=norm,
-            lr=run.optimizer.adamw.lr * factor,
-            muon_lr=run.optimizer.muon.lr * factor,
-            step_ms=seconds * 1e3,
-            tokens_per_s=run.tokens_per_step / seconds,
-            time=time.time(),
-        )
-    )
-    muon = state.optimizers.get("muon")
-    if finite and isinstance(muon, ManifoldMuon) and muon.measure and group.is_main:
-        name = work.identity["run_id"]
-        for record in update_records(muon, work.named, run, name, work.attempt, progress.step):
-            work.log.add(record)
-    return finite, stop_votes > 0
+    return _Pending(factor, torch.cat([shared / group.world_size, norm.reshape(1)]))
 
 
 def _noise_seed(*parts: int) -> int:
@@ -372,18 +421,16 @@ def _to_device(rows: Any, group: Group) -> Tensor:
 
 
 def _evaluate(work: _Work) -> None:
-    """Losses on the fixed sets, and spectra; written at once so that a checkpoint never precedes them."""
-    run, progress = work.run, work.state.progress
+    """Losses on the fixed sets, and probes; written at once so that a checkpoint never precedes them."""
+    progress = work.state.progress
     train_loss = _mean_loss(work, work.train_batches)
     val_loss = _mean_loss(work, work.val_batches)
     progress.evaluations.append((progress.step, train_loss, val_loss))
-    name = work.identity["run_id"]
-    if work.group.is_main and run.probes.spectra:
-        for spectrum in spectrum_records(work.named, run, name, work.attempt, progress.step):
-            work.log.add(spectrum)
+    for record in work.probes.of_evaluation(progress.step):
+        work.log.add(record)
     work.log.add(
         EvalRecord(
-            run=name,
+            run=work.name,
             attempt=work.attempt,
             step=progress.step,
             tokens_seen=progress.tokens_seen,
@@ -448,7 +495,7 @@ def _finish(work: _Work, nonfinite_at: int | None, cut: Fired | None) -> Summary
     finite = [(val, step) for step, _, val in evaluations if math.isfinite(val)]
     best_loss, best_step = min(finite) if finite else (None, None)
     summary = Summary(
-        run_id=work.identity["run_id"],
+        run_id=work.name,
         arm=run.arm,
         seed=run.seed,
         status=status,

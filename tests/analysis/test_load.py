@@ -8,7 +8,7 @@ from synthetic import Run, curve, grid_index, paper_like, write_run, write_store
 
 from analysis.load import RUN_DTYPES, load, long_dtypes
 from trainers.errors import InputError
-from trainers.records import KINDS
+from trainers.records import KINDS, AttentionRecord, FlowRecord, HeadRecord, PartWriter
 from trainers.stability import judge
 
 
@@ -37,6 +37,31 @@ def test_a_whole_sweep_is_one_row_per_run_with_its_records(paper_frames):
     assert len(frames.evals) == 10 * 13
     assert len(frames.spectra) == 10 * 13 * 8
     assert frames.notes == ()
+
+
+def test_probes_have_frames_of_their_own(tmp_path):
+    run = Run("hetero", 0, curve(2.4), status="running")
+    store = write_store(tmp_path, [run])
+    writer = PartWriter(tmp_path / "more", 2)
+    for record in (
+        HeadRecord(run.run_id, 2, 25, 1, "qk", 3, 40.0, 0.5, 44.0, 7.5),
+        HeadRecord(run.run_id, 2, 25, 1, "q", -1, 2.0, 0.5, 4.0, 90.0),
+        AttentionRecord(run.run_id, 2, 50, 1, 3, 1e4, 0.01, 0.99, math.nan),
+        FlowRecord(run.run_id, 2, 10, "h.1.mlp.c_fc", 1, "mlp", 2.0, 1.0, 0.02, 9.0, 1.5, 0.7),
+    ):
+        writer.append(record)
+    writer.roll()
+    store.ship(run.run_id, tmp_path / "more")
+    frames = load(store)
+    heads = frames.heads[["arm", "seed", "step", "layer", "part", "head", "sigma_max"]]
+    assert heads.to_numpy().tolist() == [
+        ["hetero", 0, 25, 1, "q", -1, 2.0],
+        ["hetero", 0, 25, 1, "qk", 3, 40.0],
+    ]
+    assert frames.attention[["step", "max_logit", "p_max"]].to_numpy().tolist() == [[50, 1e4, 0.99]]
+    assert frames.attention["jacobian_norm"].isna().all()
+    flow = frames.flow[["matrix", "module", "clipped_grad_norm", "activation_rms"]]
+    assert flow.to_numpy().tolist() == [["h.1.mlp.c_fc", "mlp", 1.0, 0.7]]
 
 
 def test_dtypes_are_fixed_also_where_there_is_nothing(tmp_path, paper_frames):

@@ -131,7 +131,8 @@ def test_a_grid_becomes_finished_runs_and_a_report(undisturbed):
     for run_id in store.run_ids():
         summary = store.summary(run_id)
         assert summary["status"] == records.COMPLETED
-        assert summary["rows"] == {"steps": STEPS, "evals": 4, "spectra": 4 * 4, "updates": 3 * 4}
+        looked_at = {"spectra": 4 * 4, "updates": 3 * 4, "heads": 4 * 11, "attention": 4 * 2, "flow": 2 * 4}
+        assert summary["rows"] == {"steps": STEPS, "evals": 4, "costs": 2, **looked_at}
         assert store.config(run_id)["provenance"]["packages"]["torch"]
         assert store.status(run_id)["status"] == records.COMPLETED
     assert [cell["seed"] for cell in store.grid_index("tiny")["cells"]] == [1, 1, 2, 2]

@@ -13,7 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainers import records
-from trainers.records import EvalRecord, PartReader, PartWriter, SpectrumRecord, StepRecord
+from trainers.records import (
+    AttentionRecord,
+    CostRecord,
+    EvalRecord,
+    FlowRecord,
+    HeadRecord,
+    PartReader,
+    PartWriter,
+    SpectrumRecord,
+    StepRecord,
+    UpdateRecord,
+)
 
 floats = st.floats(allow_nan=True, allow_infinity=True)
 
@@ -52,7 +63,19 @@ def test_every_kind_is_read_back_as_it_was_written():
         0.1,
         4.1,
     )
-    for record in (step(1), EvalRecord("a-s1-00000000", 1, 5, 320, 2.0, math.nan, 1e9), spectrum):
+    head = ("a-s1-00000000", 1, 5)
+    written = (
+        step(1),
+        EvalRecord(*head, 320, 2.0, math.nan, 1e9),
+        spectrum,
+        UpdateRecord(*head, "h.0.mlp.c_fc", 0, "mlp", "dgram", 0.05, 1e-4, 1.0, 0.02),
+        HeadRecord(*head, 0, "qk", 3, 2.0, 0.5, 4.0, 7.5),
+        AttentionRecord(*head, 0, 3, 1e4, 0.1, 0.9, math.nan),
+        FlowRecord(*head, "h.0.mlp.c_fc", 0, "mlp", 2.0, 1.0, 0.02, 9.0, 1.5, 0.7),
+        CostRecord(*head, 9800.0, math.nan, 210.0, 150.0, 40.0, 5.0, 0.0, 10**9),
+    )
+    assert tuple(record.kind for record in written) == records.KINDS
+    for record in written:
         assert repr(records.decode(records.encode(record))) == repr(record)
 
 
@@ -70,6 +93,14 @@ def test_a_torn_last_line_is_dropped_and_a_broken_one_inside_is_named(tmp_path):
     path.write_bytes(records.encode(step(1)) + b"{broken\n" + records.encode(step(2)))
     with pytest.raises(ValueError, match=r"steps-000000\.jsonl:2: "):
         list(records.read_part(path))
+
+
+def test_heads_of_a_step_are_rows_of_their_own():
+    keys = [(layer, part, head) for layer in (0, 1) for part in ("k", "q", "qk") for head in (-1, 0)]
+    rows = [HeadRecord("a-s1-00000000", a, 5, *key, 2.0, 0.5, 4.0, 7.5) for a in (1, 2) for key in keys]
+    kept, conflicts = records.latest(rows)
+    assert [(r.layer, r.part, r.head, r.attempt) for r in kept] == [(*key, 2) for key in keys]
+    assert conflicts == []
 
 
 def test_of_two_attempts_the_later_counts_and_a_difference_is_reported():

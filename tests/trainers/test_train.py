@@ -123,7 +123,11 @@ def test_a_run_learns_and_leaves_every_record(shards, tmp_path):
     updates = rows(tmp_path, "updates")
     assert sorted({row.step for row in updates}) == [5, 10, 12]
     assert len(updates) == 3 * 8
-    assert len(heard) == 12 + 4 + 32 + 24
+    assert len(rows(tmp_path, "heads")) == 4 * 2 * 11  # 3 parts, whole and of 2 heads, and 2 products
+    assert len(rows(tmp_path, "attention")) == 4 * 2 * 2
+    assert [row.step for row in rows(tmp_path, "flow")] == [10] * 8 + [12] * 8
+    assert [row.step for row in rows(tmp_path, "costs")] == [10, 12]
+    assert len(heard) == 12 + 4 + 32 + 24 + 88 + 16 + 16 + 2
     for row in updates:
         assert row.distance < 1e-3
         assert row.direction_norm == pytest.approx(1, abs=0.02)
@@ -158,13 +162,95 @@ def test_queries_keys_and_values_can_be_matrices_of_their_own(shards, tmp_path, 
         assert torch.allclose(part @ part.mT, torch.eye(len(part)), atol=1e-3)
 
 
+OFF = {f"probes.{probe}": False for probe in ("spectra", "updates", "heads", "attention", "flow", "costs")}
+EVERY_STEP = {f"probes.{probe}_every": 1 for probe in ("updates", "attention", "flow", "costs")}
+
+
 def test_evaluation_and_probes_never_change_training(shards, tmp_path):
+    base = {"model.dropout": 0.1}
+    train(config(shards, **base), tmp_path / "a")
+    train(config(shards, **base, **OFF, **{"evaluation.every": 1, "evaluation.batches": 5}), tmp_path / "b")
+    train(config(shards, **base, **EVERY_STEP), tmp_path / "c")
+    for other in ("b", "c"):
+        assert losses(tmp_path / "a") == losses(tmp_path / other)
+        kept, others = weights(tmp_path / "a"), weights(tmp_path / other)
+        assert all(torch.equal(kept[name], others[name]) for name in kept)
+    assert {p.name.split("-")[0] for p in (tmp_path / "b").glob("attempt-*/*.jsonl")} == {"steps", "evals"}
+
+
+def test_probes_see_every_step_that_they_are_asked_to(shards, tmp_path):
+    train(config(shards, **EVERY_STEP), tmp_path)
+    every = list(range(1, 13))
+    for kind in ("updates", "flow", "costs"):
+        assert sorted({row.step for row in rows(tmp_path, kind)}) == every
+    assert sorted({row.step for row in rows(tmp_path, "attention")}) == [0, *every]
+    for flow, update in zip(rows(tmp_path, "flow"), rows(tmp_path, "updates"), strict=True):
+        assert (flow.step, flow.matrix) == (update.step, update.matrix)
+        assert flow.update_ratio == pytest.approx(update.update_ratio, rel=1e-4)
+        assert flow.clipped_grad_norm <= flow.grad_norm
+    norms = {row.step: row.grad_norm for row in rows(tmp_path, "steps")}
+    for step in every:  # the norm of all gradients is no smaller than that of the matrices
+        matrices = [row.grad_norm for row in rows(tmp_path, "flow") if row.step == step]
+        assert np.linalg.norm(matrices) <= norms[step] * (1 + 1e-5)
+    for cost in rows(tmp_path, "costs"):
+        parts = [cost.forward_backward_ms, cost.solver_ms, cost.retraction_ms]
+        assert min(parts) > 0
+        assert sum(parts) < cost.step_ms
+        assert cost.communication_ms == 0
+        assert np.isnan(cost.flop_utilisation)  # nobody knows the peak of this CPU
+        assert cost.peak_memory > 2**26
+
+
+@pytest.mark.parametrize("fetch_every", [3, 100])
+def test_losses_may_be_read_later(shards, tmp_path, fetch_every):
     train(config(shards), tmp_path / "a")
-    train(
-        config(shards, **{"evaluation.every": 1, "evaluation.batches": 5, "probes.spectra": False}),
-        tmp_path / "b",
-    )
+    train(config(shards, **{"runtime.fetch_every": fetch_every}), tmp_path / "b")
+    for name in ("loss", "grad_norm", "lr", "muon_lr", "step", "tokens_seen"):
+        first, second = ([getattr(row, name) for row in rows(tmp_path / x, "steps")] for x in "ab")
+        assert first == second
+    assert rows(tmp_path / "a", "spectra") == rows(tmp_path / "b", "spectra")
+
+
+def test_activation_checkpointing_changes_no_bit(shards, tmp_path):
+    train(config(shards, **{"model.dropout": 0.1}), tmp_path / "a")
+    again = {"model.dropout": 0.1, "runtime.activation_checkpointing": True}
+    train(config(shards, **again), tmp_path / "b")
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert all(torch.equal(weights(tmp_path / "a")[k], v) for k, v in weights(tmp_path / "b").items())
+
+
+NINE = {
+    "baseline": ("adamw", "none", "adamw", "none"),
+    "muon_attention": ("muon", "none", "adamw", "none"),
+    "stiefel_all": ("adamw", "stiefel", "adamw", "stiefel"),
+    "stiefel_ffn": ("adamw", "none", "adamw", "stiefel"),
+    "spectral_all": ("adamw", "spectral", "adamw", "spectral"),
+    "manifold_muon": ("muon", "stiefel", "muon", "stiefel"),
+}
+
+
+@pytest.mark.parametrize("arm", NINE)
+def test_each_module_has_its_own_optimizer_and_manifold(shards, tmp_path, arm):
+    optimizers = dict(zip(("attn", "mlp"), NINE[arm][0::2], strict=True))
+    manifolds = dict(zip(("attn", "mlp"), NINE[arm][1::2], strict=True))
+    run = config(
+        shards,
+        assignment={k: {"optimizer": optimizers[k], "manifold": manifolds[k]} for k in optimizers},
+        model={"family": "llama", "n_layer": 1, "n_head": 2, "d_model": 16, "context": 16, "vocab_size": 256},
+        **{"optimizer.muon": {"lr": 0.02, "solver": "plain", "msign": "newton_schulz"}},
+    )
+    assert train(run, tmp_path).status == records.COMPLETED
+    assert {row.module for row in rows(tmp_path, "updates")} == {
+        k for k in optimizers if optimizers[k] == "muon"
+    }
+    for row in rows(tmp_path, "spectra"):
+        if manifolds[row.module] == "stiefel":
+            assert (row.sigma_min, row.sigma_max) == pytest.approx((1, 1), abs=1e-4)
+        elif manifolds[row.module] == "spectral":
+            assert row.sigma_max == pytest.approx(1, abs=1e-4)
+            assert row.sigma_min < 0.9
+        else:
+            assert row.sigma_max < 0.9
 
 
 def test_arms_of_one_seed_see_the_same_batches(shards, tmp_path):
@@ -211,13 +297,15 @@ def _steps(seen: list[records.Record]) -> int:
     return sum(record.kind == "steps" for record in seen)
 
 
-def test_a_diverging_run_ends_as_a_result(shards, tmp_path):
+@pytest.mark.parametrize("fetch_every", [1, 12])
+def test_a_diverging_run_ends_as_a_result(shards, tmp_path, fetch_every):
     run = config(shards, arm="wild", assignment={"attn": "none", "mlp": "none"})
     run = run.model_copy(
         update={
             "optimizer": run.optimizer.model_copy(
                 update={"adamw": run.optimizer.adamw.model_copy(update={"lr": 1e30})}
-            )
+            ),
+            "runtime": run.runtime.model_copy(update={"fetch_every": fetch_every}),
         }
     )
     summary = train(run, tmp_path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from trainers.config import ModelConfig
 
@@ -30,6 +32,10 @@ class Decoder(nn.Module):
     A family sets `wte`, `h` and `ln_f`, in the order in which their first weights are drawn.
     """
 
+    checkpointing: bool = False
+    """Keep of each block its input alone, and compute the block again in the backward pass
+    (arXiv 1604.06174): a third more arithmetic, the same gradient, dropout included."""
+
     wte: nn.Embedding
     h: nn.ModuleList
     ln_f: nn.Module
@@ -45,8 +51,17 @@ class Decoder(nn.Module):
     def logits(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, vocabulary)
         x = F.dropout(self.embed(tokens), self.config.dropout, self.training)
         for block in self.h:
-            x = block(x)
+            x = self._through(block, x)
         return F.linear(self.ln_f(x), self.wte.weight)  # the head is the embedding
+
+    def _through(self, block: nn.Module, x: Tensor) -> Tensor:  # (B, T, d) -> (B, T, d)
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            again: Tensor = checkpoint(
+                block, x, use_reentrant=False, preserve_rng_state=self.config.dropout > 0
+            )
+            return again
+        through: Tensor = block(x)
+        return through
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         logits = self.logits(tokens)

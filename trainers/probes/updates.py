@@ -10,12 +10,6 @@ from trainers.param_groups import NamedParameter
 from trainers.records import UpdateRecord
 
 
-def is_measured(run: RunConfig, step: int) -> bool:
-    """Whether the step that ends as number `step` is measured."""
-    every = run.probes.updates_every or run.evaluation.every
-    return run.probes.updates and (step % every == 0 or step == run.schedule.steps)
-
-
 def update_records(
     optimizer: ManifoldMuon, named: list[NamedParameter], run: RunConfig, run_id: str, attempt: int, step: int
 ) -> Iterator[UpdateRecord]:
