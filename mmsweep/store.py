@@ -333,6 +333,8 @@ class RunStore:
             for file in files:
                 self.objects.put_file(f"{base}/{file}", folder / file)
         except CorruptError as error:
+            if not folder.is_dir():
+                return 0  # as below
             log.warning("checkpoint not shipped: %s", error)
             shipped.refused[folder.name] = manifest
             return 0

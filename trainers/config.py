@@ -267,6 +267,9 @@ class RuntimeConfig(Section):
     """Sequences per forward pass and worker; None takes the worker's whole share."""
     compile: Flag | None = None
     """None compiles on CUDA alone."""
+    slots: Count | None = None
+    """Add the gradients of this many equal slots of a batch in one fixed order: the same bits for every
+    number of workers that divides them. On CPUs; slower, for verification."""
     activation_checkpointing: Flag = False
     """Compute activations again in the backward pass instead of keeping them."""
     fetch_every: Count | None = None

@@ -18,6 +18,12 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A worker that waits longer than this for the others fails, so that a hang ends."""
 
 
+_last: list[object] = []
+"""The newest process group, also after it was left. DDP's destructor would drop the last reference to it
+with the interpreter's lock held and wait for gloo's thread, while that waits for the lock to free the
+tensors of the last exchange."""
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     rank: int
@@ -73,6 +79,7 @@ def join(wanted: str) -> Iterator[Group]:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     one_gpu_each = device.type == "cuda" and local_world <= torch.cuda.device_count()
     dist.init_process_group("nccl" if one_gpu_each else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    _last[:] = [dist.group.WORLD]
     try:
         yield Group(rank, world_size, device)
     finally:

@@ -6,6 +6,7 @@ size and SHA-256 of every other file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -27,17 +28,20 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(folder: Path, **facts: Any) -> dict[str, Any]:
-    """Describe every file of `folder` in `manifest.json`, flushed to disk. `facts` are added to it."""
+    """Describe every file of `folder` in `manifest.json`, flushed to disk. `facts` are added to it.
+
+    The digests are of what the disk gives back, where the system lets us ask it.
+    """
     files = {}
     for path in sorted(p for p in folder.iterdir() if p.name != MANIFEST):
-        _flush(path)
+        flush(path, forget=True)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     manifest = {"version": MANIFEST_VERSION, **facts, "files": files}
     temporary = folder / (MANIFEST + ".tmp")
     temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    _flush(temporary)
+    flush(temporary)
     temporary.rename(folder / MANIFEST)
-    _flush(folder)
+    flush(folder)
     return manifest
 
 
@@ -76,7 +80,13 @@ def verify(folder: Path) -> dict[str, Any]:
             raise CorruptError(f"{file}: missing")
         if file.stat().st_size != entry["bytes"]:
             raise CorruptError(f"{file}: {file.stat().st_size} bytes, expected {entry['bytes']}")
-        if sha256(file) != entry["sha256"]:
+        try:
+            digest = sha256(file)
+        except OSError as error:
+            if error.errno != errno.EIO:  # only a bad sector says anything about the bytes
+                raise
+            raise CorruptError(f"{file}: the disk cannot read it back") from None
+        if digest != entry["sha256"]:
             raise CorruptError(f"{file}: SHA-256 does not match the manifest")
     return manifest
 
@@ -88,12 +98,16 @@ def checkpoint_name(step: int) -> str:
 
 def checkpoint_steps(names: list[str]) -> list[int]:
     """Steps of the names that are checkpoint folders, newest first."""
-    return sorted((int(n) for n in names if len(n) >= 8 and n.isascii() and n.isdigit()), reverse=True)
+    numbers = {int(name) for name in names if name.isascii() and name.isdigit()}
+    return sorted((step for step in numbers if checkpoint_name(step) in names), reverse=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path, *, forget: bool = False) -> None:
+    """Wait until a file or folder is on disk. With `forget` the next read comes from there again."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if forget and hasattr(os, "posix_fadvise"):  # Linux
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainers import checkpoint, corpus, records
 from trainers.batches import EVALUATION_KEY, Batches
-from trainers.checkpoint import Progress, TrainState
+from trainers.checkpoint import Progress, SaveError, Saver, TrainState
 from trainers.config import SCHEMA_VERSION, RunConfig, run_id
 from trainers.distributed import Group, join
 from trainers.errors import InputError
@@ -41,6 +41,7 @@ from trainers.provenance import code_digest, provenance
 from trainers.records import EvalRecord, PartWriter, Record, StepRecord, Summary
 from trainers.retraction import retract_after_steps
 from trainers.schedule import lr_factor
+from trainers.slots import SlotSum
 from trainers.stability import EARLY_TERMINATION, HARD_SPIKE, Fired, judge
 
 EXIT_STOPPED = 75
@@ -81,7 +82,7 @@ def train(
     run_dir.mkdir(parents=True, exist_ok=True)
     with join(run.runtime.device) as group:
         work = _set_up(run, run_dir, tokens, group, attempt, on_record)
-        with contextlib.closing(work.prefetch):
+        with contextlib.closing(work.prefetch), work.saver:
             return _loop(work, should_stop)
 
 
@@ -107,6 +108,7 @@ class _Work:
     micro: int
     """Sequences per forward pass."""
     log: _Log
+    saver: Saver
     identity: dict[str, Any]
     started: float
     attempt: int
@@ -188,6 +190,7 @@ def _set_up(
         share=share,
         micro=micro,
         log=_Log(PartWriter(run_dir, attempt) if group.is_main else None, listener),
+        saver=Saver(run_dir, group, identity=identity, keep=run.runtime.keep_checkpoints),
         identity=identity,
         started=time.time(),
         attempt=attempt,
@@ -202,11 +205,15 @@ def _probe_windows(run: RunConfig, batches: Batches, group: Group) -> Tensor:  #
 
 def _batch_shape(run: RunConfig, group: Group) -> tuple[int, int]:
     """Sequences per rank, and per forward pass."""
-    batch, workers = run.schedule.batch_size, group.world_size
+    batch, workers, slots = run.schedule.batch_size, group.world_size, run.runtime.slots
+    if slots and batch % slots:
+        raise InputError(f"runtime.slots {slots} do not divide schedule.batch_size {batch}")
+    if slots:
+        SlotSum(slots, group)  # refuses what it cannot add up
     if batch % workers:
         raise InputError(f"schedule.batch_size {batch} is not a multiple of the {workers} workers")
     share = batch // workers
-    micro = min(run.runtime.micro_batch or share, share)
+    micro = batch // slots if slots else min(run.runtime.micro_batch or share, share)
     if share % micro:
         raise InputError(f"runtime.micro_batch {micro} does not divide the {share} sequences of a worker")
     return share, micro
@@ -254,7 +261,7 @@ def _compiled(model: Model, run: RunConfig, group: Group) -> nn.Module:
 
 
 def _data_parallel(forward: nn.Module, run: RunConfig, group: Group, micro: int) -> nn.Module:
-    if group.world_size == 1:
+    if group.world_size == 1 or run.runtime.slots:
         return forward
     device_ids = [group.device] if group.device.type == "cuda" else None
     network = DistributedDataParallel(forward, device_ids=device_ids)
@@ -299,6 +306,7 @@ def _loop(work: _Work, should_stop: Callable[[], bool]) -> Summary | None:
         if stop and progress.step < horizon and cut is None:
             return None
     work.log.commit()
+    work.saver.wait()  # the summary, which comes last, says that all else is there
     return _finish(work, diverged_at, cut)
 
 
@@ -317,7 +325,7 @@ class _Pending:
     factor: float
     """Of the learning rates."""
     facts: Tensor
-    """(3,): loss, share of ranks that want to stop, gradient norm; the same on every rank."""
+    """(3,): loss, number of ranks that want to stop, gradient norm; the same on every rank."""
 
 
 def _train_steps(work: _Work, count: int, should_stop: Callable[[], bool]) -> tuple[bool, bool]:
@@ -368,16 +376,14 @@ def _train_step(work: _Work, done: int, wants_stop: bool) -> _Pending:
     step = done + 1
     factor = lr_factor(done, run.schedule)
     rows = work.prefetch.rows(done, last=step == run.schedule.steps)
-    if run.model.dropout:
-        torch.manual_seed(_noise_seed(run.seed, done, group.rank))
     work.probes.arm(step)
     with work.probes.span("forward_backward"):
-        loss = _forward_backward(work, rows)
+        loss = (_backward_in_slots if run.runtime.slots else _forward_backward)(work, rows, done)
     work.probes.after_backward()
     with work.probes.span("update"):
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), run.optimizer.grad_clip)
-        # One exchange for both facts, so that all ranks take the same way.
-        shared = group.sum_(torch.stack([loss, loss.new_tensor(float(wants_stop))]))
+        # All ranks learn what one of them wants, so that they take the same way.
+        votes = group.sum_(loss.new_tensor([float(wants_stop)]))
         for optimizer in state.optimizers.values():
             for parameters in optimizer.param_groups:
                 parameters["lr"] = parameters["peak_lr"] * factor
@@ -385,7 +391,7 @@ def _train_step(work: _Work, done: int, wants_stop: bool) -> _Pending:
     work.probes.after_step()
     for parameter in state.model.parameters():
         parameter.grad = None
-    return _Pending(factor, torch.cat([shared / group.world_size, norm.reshape(1)]))
+    return _Pending(factor, torch.cat([loss.reshape(1), votes, norm.reshape(1)]))
 
 
 def _noise_seed(*parts: int) -> int:
@@ -393,8 +399,10 @@ def _noise_seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def _forward_backward(work: _Work, rows: Tensor) -> Tensor:  # (share, context + 1) -> scalar
-    """Accumulate the gradient of this rank's share; returns its mean loss."""
+def _forward_backward(work: _Work, rows: Tensor, done: int) -> Tensor:  # (share, context + 1) -> scalar
+    """Accumulate the gradient of this rank's share, DDP those of all; returns the mean loss over ranks."""
+    if work.run.model.dropout:
+        torch.manual_seed(_noise_seed(work.run.seed, done, work.group.rank))
     chunks = torch.split(rows, work.micro)
     total = torch.zeros((), device=rows.device)
     for index, chunk in enumerate(chunks):
@@ -410,6 +418,23 @@ def _forward_backward(work: _Work, rows: Tensor) -> Tensor:  # (share, context +
                 loss = network(chunk[:, :-1], chunk[:, 1:]) / len(chunks)
             loss.backward()
         total += loss.detach()
+    return work.group.sum_(total) / work.group.world_size
+
+
+def _backward_in_slots(work: _Work, rows: Tensor, done: int) -> Tensor:  # (share, context + 1) -> scalar
+    """The same with bits that do not depend on the number of ranks: noise, gradients and losses are those
+    of slots, added in one order; see `trainers.slots`."""
+    run, parameters = work.run, list(work.state.model.parameters())
+    slots = SlotSum(run.schedule.batch_size // work.micro, work.group)
+    for slot, chunk in zip(slots.mine, torch.split(rows, work.micro), strict=True):
+        if run.model.dropout:
+            torch.manual_seed(_noise_seed(run.seed, done, slot))
+        with _autocast(run, work.group):
+            loss = work.network(chunk[:, :-1], chunk[:, 1:]) / slots.slots
+        slots.add(slot, [*torch.autograd.grad(loss, parameters), loss.detach()])
+    *gradients, total = slots.finish()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
     return total
 
 
@@ -446,26 +471,22 @@ def _evaluate(work: _Work) -> None:
 def _mean_loss(work: _Work, batches: Batches) -> float:
     run, group, forward = work.run, work.group, work.forward
     forward.eval()
-    total = torch.zeros((), dtype=torch.float64, device=group.device)
+    chunks = work.share // work.micro
+    # One place for each forward pass on any rank, so that the order of the sum is that of the sequences.
+    shape = (run.evaluation.batches, group.world_size * chunks)
+    losses = torch.zeros(shape, dtype=torch.float64, device=group.device)
     for index in range(run.evaluation.batches):
         rows = batches.batch(EVALUATION_KEY, index, run.schedule.batch_size, group.rank, group.world_size)
-        for chunk in torch.split(_to_device(rows, group), work.micro):
+        for k, chunk in enumerate(torch.split(_to_device(rows, group), work.micro)):
             with _autocast(run, group):
-                loss = forward(chunk[:, :-1], chunk[:, 1:])
-            total += loss.double() * len(chunk)
+                losses[index, group.rank * chunks + k] = forward(chunk[:, :-1], chunk[:, 1:])
     forward.train()
-    return float(group.sum_(total)) / (run.evaluation.batches * run.schedule.batch_size)
+    return float(group.sum_(losses).mean())
 
 
 def _save(work: _Work) -> None:
     work.log.commit()  # what the checkpoint has seen is on disk before the checkpoint is
-    checkpoint.save(
-        work.run_dir,
-        work.state,
-        work.group,
-        identity=work.identity,
-        keep=work.run.runtime.keep_checkpoints,
-    )
+    work.saver.save(work.state)
 
 
 def _val_losses(work: _Work) -> list[tuple[int, float]]:
@@ -557,6 +578,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
+    except SaveError as error:
+        print(error, file=sys.stderr)
+        return 1
     if summary is None:
         print(f"stopped; the same command goes on from {run_dir}", file=sys.stderr)
         return EXIT_STOPPED

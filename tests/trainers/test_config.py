@@ -234,6 +234,7 @@ INFRASTRUCTURE = {
     "probes.sequences": (4, {}),
     "runtime.activation_checkpointing": (True, {}),
     "runtime.fetch_every": (5, {}),
+    "runtime.slots": (4, {}),
     "runtime.device": ("cpu", {}),
     "runtime.micro_batch": (4, {}),
     "runtime.compile": (True, {}),

@@ -342,6 +342,25 @@ def test_two_workers_give_the_losses_of_one_with_twice_the_accumulation(shards, 
     )
 
 
+def test_in_slots_no_bit_depends_on_the_number_of_workers(shards, tmp_path):
+    run = config(shards, **{"runtime.slots": 6, "model.dropout": 0.1})
+    for workers in (1, 2, 3):
+        finish(start(run, tmp_path / str(workers), "--quiet", workers=workers))
+    one = tmp_path / "1"
+    for other in (tmp_path / "2", tmp_path / "3"):
+        assert all(torch.equal(weights(one)[name], value) for name, value in weights(other).items())
+        assert rows(other, "evals")[-1].val_loss == rows(one, "evals")[-1].val_loss
+        assert rows(other, "spectra") == rows(one, "spectra")
+        for name in ("loss", "grad_norm"):
+            mine, theirs = ([getattr(row, name) for row in rows(x, "steps")] for x in (one, other))
+            assert mine == theirs
+    # Slots are only another order of the same sum.
+    plain = config(shards, **{"runtime.micro_batch": 2})
+    train(plain, tmp_path / "plain")
+    train(config(shards, **{"runtime.slots": 6}), tmp_path / "slots")
+    assert losses(tmp_path / "slots") == pytest.approx(losses(tmp_path / "plain"), abs=2e-5)
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_a_killed_run_goes_on_as_if_it_had_not_stopped(shards, tmp_path, workers):
     run = config(shards, **{"schedule.steps": 30, "model.d_model": 32})
@@ -453,6 +472,10 @@ def test_uneven_shares_are_refused(shards):
         _batch_shape(config(shards), Group(0, 5, CPU))
     with pytest.raises(Exception, match="micro_batch 5 does not divide the 6 sequences"):
         _batch_shape(config(shards, **{"runtime.micro_batch": 5}), Group(0, 2, CPU))
+    with pytest.raises(Exception, match=r"runtime\.slots 5 do not divide schedule.batch_size 12"):
+        _batch_shape(config(shards, **{"runtime.slots": 5}), Group(0, 2, CPU))
+    with pytest.raises(Exception, match="slots: 2 cannot be divided evenly over 3 workers"):
+        _batch_shape(config(shards, **{"runtime.slots": 2}), Group(0, 3, CPU))
 
 
 @pytest.mark.parametrize(
