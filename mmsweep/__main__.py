@@ -12,6 +12,7 @@ COMMANDS = {
     "launch": "run what a grid asks for and its store does not have yet",
     "status": "where every run of a store stands",
     "report": "tables and figures of a store",
+    "data": "make, check and list the tokens that runs read",
 }
 
 

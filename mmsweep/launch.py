@@ -13,9 +13,6 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from mmsweep.agent import STOP_GRACE_S, Job, News
 from mmsweep.cluster import Capacity, connect
 from mmsweep.grid import Cell, Grid, load_grid
@@ -26,6 +23,8 @@ from trainers.config import RunConfig
 from trainers.corpus import expanded, identify
 from trainers.errors import InputError
 from trainers.flops import Cost, cost
+from trainers.footprint import footprint, largest_micro_batch, micro_batch_of, usable
+from trainers.yamlfile import printable
 
 SHIPPED = Path(__file__).parent / "grids"
 
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Launch a grid. Exit status 0: all done; 1: some runs failed or were stopped; 2: bad input."""
     arguments = _parser().parse_args(argv)
     try:
-        grid = load_grid(_grid_path(arguments.grid), identify=identify)
+        grid = load_grid(grid_path(arguments.grid), identify=identify)
         store = open_store(grid.store if arguments.store is None else arguments.store)
         if arguments.dry_run:
             return _dry_run(grid, store)
@@ -57,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _grid_path(given: str) -> Path:
+def grid_path(given: str) -> Path:
     shipped = SHIPPED / f"{given}.yaml"
     try:
         return shipped if not Path(given).exists() and shipped.is_file() else Path(given)
@@ -187,25 +186,32 @@ def _dry_run(grid: Grid, store: RunStore) -> int:
     finished = _finished(store, grid)
     costs = {run_id: cost(run) for run_id, run in grid.runs.items()}
     axes = _axes(grid)
-    table = Table(box=None, pad_edge=False, show_edge=False)
-    for name in ("run", "arm", "seed", *grid.axes, "parameters", "steps x tokens", "FLOP", "store"):
-        table.add_column(name, justify="left" if name in ("run", "arm", "store") else "right", no_wrap=True)
+    rows = [["run", "arm", "seed", *grid.axes, "parameters", "steps x tokens", "FLOP", "store"]]
     for run_id, run in grid.runs.items():
         price = costs[run_id]
-        table.add_row(
+        rows.append([
             run_id, run.arm, str(run.seed), *axes[run_id], _amount(price.parameters),
             f"{price.steps:,} x {run.tokens_per_step:,}", _amount(price.total),
             "done" if run_id in finished else _state(store, run_id),
-        )  # fmt: skip
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)
+        ])  # fmt: skip
+    _print_table(rows, left=("run", "arm", "store"))
     missing = _total(price for run_id, price in costs.items() if run_id not in finished)
     print(
         f"{grid.name}: {len(grid.runs)} runs ({len(grid.cells)} cells), {len(finished)} done in {store.url}, "
         f"{len(grid.runs) - len(finished)} to train: {missing}"
     )
-    for line in _per_step(grid, costs):
+    for line in (*_per_step(grid, costs), _memory(grid)):
         print(line)
     return 0
+
+
+def _print_table(rows: list[list[str]], left: Sequence[str]) -> None:
+    """Columns below their names in the first row; text is aligned to the left, numbers to the right."""
+    rows = [[printable(cell).strip() for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = ["<" if name in left else ">" for name in rows[0]]
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    print("\n".join(form.format(*row).rstrip() for row in rows))
 
 
 def _axes(grid: Grid) -> dict[str, list[str]]:
@@ -228,17 +234,58 @@ def _state(store: RunStore, run_id: str) -> str:
 
 
 def _per_step(grid: Grid, costs: dict[str, Cost]) -> list[str]:
-    """The price of geometry: optimizer against model, per arm."""
-    lines: dict[str, str] = {}
+    """The price of geometry: optimizer against model, per arm, for its largest model."""
+    largest: dict[str, Cost] = {}
     for run_id, run in grid.runs.items():
         price = costs[run_id]
-        share = price.optimizer_step / price.model_step
-        lines.setdefault(
-            run.arm,
-            f"  {run.arm}: a step takes {_amount(price.model_step)}FLOP for the model, "
-            f"{_amount(price.optimizer_step)}FLOP for the optimizer's matrix products ({share:.0%})",
-        )
-    return list(lines.values())
+        if price.model_step > largest.setdefault(run.arm, price).model_step:
+            largest[run.arm] = price
+    return [
+        f"  {arm}: a step takes {_amount(price.model_step)}FLOP for the model, "
+        f"{_amount(price.optimizer_step)}FLOP for the optimizer's matrix products "
+        f"({price.optimizer_step / price.model_step:.0%})"
+        for arm, price in largest.items()
+    ]
+
+
+GPU_GB = (24, 40, 80)
+
+
+def _memory(grid: Grid) -> str:
+    """What the largest run takes of a worker's device, and on which devices it fits."""
+    workers, share = grid.resources.workers, grid.resources.gpus_per_worker
+    sizes = {
+        run_id: footprint(run, workers=workers, micro_batch=micro_batch_of(run, workers)).total
+        for run_id, run in grid.runs.items()
+    }
+    largest = max(sizes, key=lambda run_id: sizes[run_id])
+    run = grid.runs[largest]
+    again = " with activation checkpointing" if run.runtime.activation_checkpointing else ""
+    line = (
+        f"memory a worker: {sizes[largest] / 2**30:.3g} GiB at micro batch "
+        f"{micro_batch_of(run, workers)}{again} ({largest})"
+    )
+    if not share:
+        return line
+    where = "a GPU" if share == 1 else f"{share:g} of a GPU"
+    fits = [gb for gb in GPU_GB if sizes[largest] <= usable(gb * share)]
+    if fits:
+        return f"{line}: fits {where} of {fits[0]} GB"
+    return (
+        f"{line}: too much for {where} of {GPU_GB[-1]} GB{_smaller(run, workers, usable(GPU_GB[-1] * share))}"
+    )
+
+
+def _smaller(run: RunConfig, workers: int, bytes_: int) -> str:
+    """What of `runtime` makes a run fit, checkpointing last."""
+    thrifty = run.model_copy(
+        update={"runtime": run.runtime.model_copy(update={"activation_checkpointing": True})}
+    )
+    if micro := largest_micro_batch(run, workers, bytes_):
+        return f"; runtime.micro_batch {micro} fits"
+    if micro := largest_micro_batch(thrifty, workers, bytes_):
+        return f"; runtime.micro_batch {micro} with runtime.activation_checkpointing fits"
+    return ", whatever the micro batch"
 
 
 def _amount(value: float) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from trainers.corpus import read_shard
+from trainers.corpus import inspected
 from trainers.errors import InputError
+from trainers.shards import read_shard
 
 EVALUATION_KEY = 1 << 64
 """Key of the evaluation sets, above every seed: the same windows for every seed, arm and cadence."""
@@ -26,7 +27,8 @@ class Batches:
     """Windows of `context` + 1 tokens from the shards of one split.
 
     Raises:
-        InputError: no shard holds a whole window, or a shard is damaged.
+        InputError: no shard holds a whole window, a shard is damaged, or it holds a token that the
+            model's vocabulary does not have.
     """
 
     def __init__(self, shards: Sequence[Path], context: int, vocab_size: int) -> None:
@@ -34,6 +36,8 @@ class Batches:
         self.vocab_size = vocab_size
         self._paths = list(shards)
         self._shards = [read_shard(path) for path in shards]
+        for path, shard in zip(shards, inspected(shards), strict=True):
+            self._check(path, shard.max_token)
         starts = [max(0, len(shard) - context) for shard in self._shards]  # starts of whole windows
         self._ends = np.cumsum(starts)
         if not len(starts) or self._ends[-1] == 0:
@@ -58,15 +62,16 @@ class Batches:
         """Windows (len(positions), context + 1) at global start positions.
 
         Raises:
-            InputError: a token that the model's vocabulary does not have, with its shard.
+            InputError: a shard was changed since and holds a token beyond the vocabulary.
         """
         rows = np.empty((len(positions), self.context + 1), np.int64)
         for row, position in zip(rows, positions, strict=True):
             index = int(np.searchsorted(self._ends, position, side="right"))
             start = int(position - (self._ends[index - 1] if index else 0))
             row[:] = self._shards[index][start : start + self.context + 1]
-            if row.max() >= self.vocab_size:
-                raise InputError(
-                    f"{self._paths[index]}: holds token {row.max()}, model.vocab_size is {self.vocab_size}"
-                )
+            self._check(self._paths[index], int(row.max()))
         return rows
+
+    def _check(self, path: Path, largest: int) -> None:
+        if largest >= self.vocab_size:
+            raise InputError(f"{path}: holds token {largest}, model.vocab_size is {self.vocab_size}")

