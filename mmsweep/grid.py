@@ -2,7 +2,7 @@
 
     base:   what all runs share (part of a RunConfig)
     arms:   name → what the arm changes, most of all `attn` and `mlp`
-    axes:   dotted path → values; their cross product
+    axes:   dotted path → values, or name → bundles; their cross product
     seeds:  every arm sees every seed
 
 Later ones override earlier ones, mapping by mapping.
@@ -44,6 +44,7 @@ from trainers.yamlfile import (
     merge,
     node_at,
     parse,
+    place_of,
     places,
     plain_layer,
     raise_if,
@@ -55,6 +56,13 @@ from trainers.yamlfile import (
 
 INDEX_SCHEMA = 1
 MAX_CELLS = 100_000
+
+COLUMNS = frozenset(
+    ("run_id", "grid", "arm", "seed", "attn", "mlp", "group", "family", "label", "status", "reason", "step",
+     "horizon", "final_val_loss", "last_val_loss", "best_val_loss", "unstable", "first_bad", "rules",
+     "attempts", "d_model", "host")
+)  # fmt: skip
+"""Columns of the table of runs, which an axis of bundles would hide."""
 
 Identify = Callable[[DataConfig], str]
 
@@ -73,6 +81,10 @@ Part = Annotated[
     dict[str, Any], BeforeValidator(_nothing_is_empty), Field(examples=["{attn: {manifold: dgram}}"])
 ]
 Values = Annotated[list[Any], Field(min_length=1, examples=["[0.5, 1, 2]"])]
+Bundles = Annotated[
+    dict[SafeName, Part], Field(min_length=1, examples=["{small: {model: {n_layer: 4}}, large: {}}"])
+]
+"""Name → a part of a run: keys that change together."""
 
 
 class Resources(Section):
@@ -100,10 +112,17 @@ class GridSpec(Section):
     axes: (
         Annotated[dict[str, Values], Field(min_length=1, examples=["{attn.lr_multiplier: [0.5, 1]}"])] | None
     ) = None
+    """Those that are lists; `BundleSpec` has the others."""
     seeds: Annotated[list[Seed], Field(min_length=1, examples=["[1337, 1338]"])]
     resources: Resources = Resources()
     stop: Flag = False
     """Stands for `stability.stop`: end a run at its first hard spike."""
+
+
+class BundleSpec(Section):
+    """The axes of a grid file that are bundles."""
+
+    axes: dict[SafeName, Bundles]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +133,7 @@ class Cell:
     arm: str
     seed: int
     axes: dict[str, Any]
-    """Dotted path in RunConfig → the value as given."""
+    """Dotted path in RunConfig → the value as given; name of an axis of bundles → the bundle's name."""
 
 
 @dataclass(frozen=True)
@@ -177,24 +196,10 @@ def load_grid(path: Path | str, *, identify: Identify) -> Grid:
     runs = {(point, arm): _run(draft, point, arm) for point in draft.points() for arm in draft.arms}
     raise_if(draft.problems)
     assert spec is not None
-    draft.problems += _uneven_shares(document, spec, [run for run in runs.values() if run])
+    expanded = {key: run for key, run in runs.items() if run is not None}
+    _check_shares(draft, spec.resources.workers, expanded)
     raise_if(draft.problems)
-    return _expand(draft, spec, {key: run for key, run in runs.items() if run is not None})
-
-
-def _uneven_shares(document: Document, spec: GridSpec, runs: list[RunConfig]) -> list[Problem]:
-    """Batches that the workers, or a worker's forward passes, cannot share."""
-    workers = spec.resources.workers
-    place = ("resources", "workers")
-    sizes = {(run.schedule.batch_size, run.runtime.micro_batch) for run in runs}
-    uneven = [size for size, _ in sizes if size % workers]
-    found = [document.problem(place, f"{workers} workers cannot share a batch of {size}") for size in uneven]
-    for size, micro in sizes:
-        share = size // workers
-        if size not in uneven and micro and share % min(micro, share):
-            text = f"runtime.micro_batch {micro} does not divide the {share} sequences of a worker"
-            found.append(document.problem(("base", "runtime", "micro_batch"), text))
-    return found
+    return _expand(draft, spec, expanded)
 
 
 # --- reading the parts -------------------------------------------------------------------------
@@ -219,9 +224,11 @@ class _Part:
 class _Axis:
     key: str
     """As written in the file."""
-    config: Place
+    name: str
+    """In full: the dotted path that it sets, or the name of its bundles."""
     values: list[Any]
     parts: list[_Part]
+    """What each value sets."""
 
 
 @dataclass
@@ -262,12 +269,24 @@ def _read_spec(document: Document) -> tuple[GridSpec | None, list[Problem]]:
             problems.append(document.problem((), text))
             data["name"] = "grid"
     problems += _repeated_seeds(document, data.get("seeds"))
+    axes = _mapping(data.get("axes"))
+    bundles = {key: value for key, value in axes.items() if _is_bundles(key, value)}
+    if bundles:
+        data["axes"] = {key: value for key, value in axes.items() if key not in bundles} or None
+        try:
+            BundleSpec.model_validate({"axes": bundles})
+        except ValidationError as error:
+            problems += explain(error, document, [plain_layer({"axes": bundles})], schema=BundleSpec)
     try:
-        spec = GridSpec.model_validate(data)
+        return GridSpec.model_validate(data), problems
     except ValidationError as error:
         problems += explain(error, document, [plain_layer(data)], schema=GridSpec)
         return None, problems
-    return spec, problems
+
+
+def _is_bundles(key: str, value: Any) -> bool:
+    """A mapping whose key is a part of a run is no axis of bundles but a list forgotten."""
+    return isinstance(value, dict) and node_at(RunConfig, _config_place(key)) is None
 
 
 def _repeated_seeds(document: Document, seeds: Any) -> list[Problem]:
@@ -290,7 +309,9 @@ def _read_layers(draft: _Draft, spec: GridSpec | None) -> None:
     for name, value in _mapping(data.get("arms")).items():
         draft.arms[name] = _run_part(draft, _mapping(value), ("arms", name))
     for key, values in _mapping(data.get("axes")).items():
-        if isinstance(values, list) and (config := _axis_place(draft, key)):
+        if _is_bundles(key, values):
+            draft.axes.append(_read_bundles(draft, key, values))
+        elif isinstance(values, list) and (config := _axis_place(draft, key)):
             draft.axes.append(_read_axis(draft, key, config, values))
 
 
@@ -304,7 +325,7 @@ def _run_part(draft: _Draft, value: dict[str, Any], place: Place) -> _Part:
 
 
 def _read_axis(draft: _Draft, key: str, config: Place, values: list[Any]) -> _Axis:
-    axis = _Axis(key, config, values, [])
+    axis = _Axis(key, dotted(config), values, [])
     seen: set[str] = set()
     for number, value in enumerate(values):
         layer = Layer({}, {})
@@ -314,6 +335,20 @@ def _read_axis(draft: _Draft, key: str, config: Place, values: list[Any]) -> _Ax
             draft.note(("axes", key, number), f"{show(value)} is given twice: remove one")
         seen.add(same)
         axis.parts.append(_checked(draft, layer))
+    return axis
+
+
+def _read_bundles(draft: _Draft, key: str, bundles: dict[str, Any]) -> _Axis:
+    if key in COLUMNS:
+        draft.note(("axes", key), "results have a column of this name: choose another")
+    axis = _Axis(key, key, list(bundles), [])
+    seen: dict[str, str] = {}
+    for name, value in bundles.items():
+        part = _mapping(value)
+        axis.parts.append(_run_part(draft, part, ("axes", key, name)))
+        same = json.dumps(_as_floats(run_layer(part, ()).data), sort_keys=True)
+        if seen.setdefault(same, name) != name and isinstance(value, dict | None):
+            draft.note(("axes", key, name), f'sets the same as "{seen[same]}": remove one')
     return axis
 
 
@@ -367,9 +402,7 @@ def _remove(layer: Layer, bad: set[Place]) -> None:
 
 def _axis_place(draft: _Draft, key: str) -> Place | None:
     """The place in RunConfig that an axis sets; None, and a problem, where there is none."""
-    config: Place = tuple(key.split("."))
-    if config[0] in SHORTHAND:
-        config = ("assignment", *config)
+    config = _config_place(key)
     if config in _NOT_HERE:
         draft.note(("axes", key), _NOT_HERE[config])
         return None
@@ -377,6 +410,11 @@ def _axis_place(draft: _Draft, key: str) -> Place | None:
         draft.note(("axes", key), f"unknown path{_nearest_path(key)}")
         return None
     return config
+
+
+def _config_place(key: str) -> Place:
+    place = tuple(key.split("."))
+    return ("assignment", *place) if place[0] in SHORTHAND else place
 
 
 def _nearest_path(key: str) -> str:
@@ -396,10 +434,13 @@ def _check_overlaps(draft: _Draft) -> None:
     """No axis may hide what another axis or an arm sets."""
     owner: dict[Place, _Axis] = {}
     for axis in draft.axes:
-        for leaf in {leaf: None for part in axis.parts for leaf in part.layer.leaves()}:
+        first: dict[Place, Place] = {}
+        for part in axis.parts:
+            first = {leaf: part.layer.origin[leaf] for leaf in part.layer.leaves()} | first
+        for leaf, place in first.items():
             other = owner.setdefault(leaf, axis)
             if other is not axis:
-                draft.note(("axes", axis.key), f'the axis "{other.key}" sets {dotted(leaf)} too: remove one')
+                draft.note(place, f'the axis "{other.key}" sets {dotted(leaf)} too: remove one')
     for part in draft.arms.values():
         for leaf in part.layer.leaves():
             if leaf in owner:
@@ -410,10 +451,15 @@ def _check_overlaps(draft: _Draft) -> None:
 # --- putting them together ---------------------------------------------------------------------
 
 
+def _parts(draft: _Draft, point: Point, arm: str) -> list[_Part]:
+    """What a run is made of; later ones override earlier ones."""
+    chosen = [axis.parts[number] for axis, number in zip(draft.axes, point, strict=True)]
+    return [*draft.shared, draft.arms[arm], *chosen]
+
+
 def _run(draft: _Draft, point: Point, arm: str) -> RunConfig | None:
     """The run of one arm at one point, with the digest of its data; None if it has problems."""
-    parts = [*draft.shared, draft.arms[arm]]
-    parts += [axis.parts[number] for axis, number in zip(draft.axes, point, strict=True)]
+    parts = _parts(draft, point, arm)
     data: dict[str, Any] = {"arm": arm}
     for part in parts:
         data = merge(data, part.layer.data)
@@ -454,17 +500,36 @@ def _data_place(layers: Sequence[Layer]) -> Place:
     return ("base", "data")
 
 
+def _check_shares(draft: _Draft, workers: int, runs: dict[tuple[Point, str], RunConfig]) -> None:
+    """Batches that the workers, or a worker's forward passes, cannot share."""
+    for (point, arm), run in runs.items():
+        size, micro = run.schedule.batch_size, run.runtime.micro_batch
+        share = size // workers
+        if size % workers:
+            draft.note(("resources", "workers"), f"{workers} workers cannot share a batch of {size}")
+        elif micro and share % min(micro, share):
+            layers = [part.layer for part in _parts(draft, point, arm)]
+            text = f"runtime.micro_batch {micro} does not divide the {share} sequences of a worker"
+            draft.note(place_of(("runtime", "micro_batch"), layers), text)
+        slots = run.runtime.slots
+        if slots and (size % slots or slots % workers):
+            layers = [part.layer for part in _parts(draft, point, arm)]
+            text = f"{slots} slots must divide the batch of {size} and be a multiple of the {workers} workers"
+            draft.note(place_of(("runtime", "slots"), layers), text)
+
+
 def _expand(draft: _Draft, spec: GridSpec, runs: dict[tuple[Point, str], RunConfig]) -> Grid:
     cells: list[Cell] = []
     unique: dict[str, RunConfig] = {}
-    names = [dotted(axis.config) for axis in draft.axes]
+    first: dict[str, Point] = {}
+    names = [axis.name for axis in draft.axes]
     points = list(draft.points())
     for seed, point, arm in itertools.product(spec.seeds, points, draft.arms):
         run = runs[point, arm].model_copy(update={"seed": seed})
         identity = run_id(run)
         values = [axis.values[number] for axis, number in zip(draft.axes, point, strict=True)]
         cells.append(Cell(identity, arm, seed, dict(zip(names, values, strict=True))))
-        _check_twin(draft, run, unique.setdefault(identity, run))
+        _check_twin(draft, run, unique.setdefault(identity, run), point, first.setdefault(identity, point))
     raise_if(draft.problems)
     return Grid(
         name=spec.name,
@@ -484,12 +549,19 @@ _UNSEEN = ("stability", "runtime", "probes")
 """Sections that (without `stop`) leave the numbers alone, so that an axis on them makes no new runs."""
 
 
-def _check_twin(draft: _Draft, run: RunConfig, first: RunConfig) -> None:
-    if any(getattr(run, section) != getattr(first, section) for section in _UNSEEN):
-        for axis in draft.axes:
-            if axis.config[0] in _UNSEEN:
+def _check_twin(draft: _Draft, run: RunConfig, first: RunConfig, point: Point, first_point: Point) -> None:
+    """Two cells of one run must agree on what leaves the numbers alone, or it would be the first cell's."""
+    if all(getattr(run, section) == getattr(first, section) for section in _UNSEEN):
+        return
+    for axis, number, other in zip(draft.axes, point, first_point, strict=True):
+        sections = {leaf[0] for n in (number, other) for leaf in axis.parts[n].layer.leaves()}
+        if number != other and sections & set(_UNSEEN):
+            if sections <= set(_UNSEEN):
                 text = "changes no numbers, so its values would all be one run: set it in base"
                 draft.note(("axes", axis.key), text)
+                continue
+            text = f'differs from "{axis.values[other]}" in no numbers, so both would be one run: remove one'
+            draft.note(("axes", axis.key, str(axis.values[number])), text)
 
 
 def _manifolds(draft: _Draft, run: RunConfig) -> dict[str, str]:

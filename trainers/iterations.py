@@ -8,6 +8,9 @@ HALF = ("float16", "bfloat16")
 SMALL = 256
 """Width below which half precision composes nothing."""
 
+GPU_BATCH = 2**27
+"""Elements of the matrices that a GPU updates as one batch, at most; temporaries are several times that."""
+
 POLAR_STEPS = 18
 """`gram` steps that turn singular values down to 1e-6 of the Frobenius norm into 1: a Gaussian matrix of
 width 768, the start of every run, has some at 5e-6, which fewer steps leave below 1."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainers.clock import Span, no_span
+from trainers.iterations import GPU_BATCH
 from trainers.manifold import (
     DUAL_IMPLS,
     MANIFOLDS,
@@ -343,7 +344,7 @@ def _batches(group: dict[str, Any], chosen: set[nn.Parameter], ranks: int) -> It
         members += [(parameter, block) for block in range(group["row_blocks"])]
     for (m, n, scale, device, _), members in kinds.items():
         if device.type == "cuda":
-            size = max(1, min(math.ceil(len(members) / ranks), 2**27 // (m * n)))  # temporaries are several
+            size = max(1, min(math.ceil(len(members) / ranks), GPU_BATCH // (m * n)))
         else:  # batches pay for small matrices alone, and must not depend on the number of ranks
             size = max(1, min(4, 2**19 // (m * n)))
         for i in range(0, len(members), size):

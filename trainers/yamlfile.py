@@ -80,7 +80,7 @@ class Document:
 
     def problem(self, place: Place, text: str, *, line: int | None = None) -> Problem:
         """`text` about `place`, at its line unless another is given."""
-        return Problem(line or self.line(place), str(self.path), dotted(place), _printable(text))
+        return Problem(line or self.line(place), str(self.path), dotted(place), printable(text))
 
 
 def read(path: Path | str) -> Document:
@@ -131,7 +131,7 @@ def dotted(place: Place) -> str:
     )
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """One line without control characters: what a file holds cannot steer a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -482,7 +482,7 @@ def explain(
         joint = item["type"] == "value_error" and "properties" in (node_at(schema, config) or {})
         if not keep(config, joint):
             continue
-        place = _culprit(str(item["ctx"]["error"]), config, layers) if joint else _place(config, layers)
+        place = _culprit(str(item["ctx"]["error"]), config, layers) if joint else place_of(config, layers)
         whole = place[:-1] if place and isinstance(place[-1], int) else place
         if item["type"] in ("missing", "too_short") and document.incomplete(whole):
             continue  # a consequence of what is reported already
@@ -490,7 +490,7 @@ def explain(
     return problems
 
 
-def _place(config: Place, layers: Sequence[Layer]) -> Place:
+def place_of(config: Place, layers: Sequence[Layer]) -> Place:
     """Where `config` stands in the file: in the last layer that knows it best."""
     config = tuple(part for part in config if part != "[key]")
     for size in range(len(config), -1, -1):
@@ -511,7 +511,7 @@ def _culprit(message: str, config: Place, layers: Sequence[Layer]) -> Place:
         }
         if named:
             return named[min(named, key=words.index)]
-    return _place(config, layers)
+    return place_of(config, layers)
 
 
 @cache

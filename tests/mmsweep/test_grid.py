@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mmsweep.grids
-from mmsweep.grid import load_grid
+from analysis.load import RUN_DTYPES
+from analysis.load import load as load_frames
+from mmsweep.grid import COLUMNS, load_grid
+from mmsweep.launch import main as launch
+from mmsweep.store import open_store
 from trainers.config import RUN_ID, RunConfig, run_id
 from trainers.errors import InputError
+from trainers.flops import parameter_count
 
 DIGEST = "sha256:" + "0" * 64
 SHIPPED = Path(mmsweep.grids.__file__).parent
@@ -140,6 +146,66 @@ def test_the_same_run_in_two_grids_is_one_run(load):
 
 def test_arms_of_the_same_science_stay_apart(load):
     assert len(load({"arms": {"a": {}, "b": {}}, "seeds": [1]}).runs) == 2
+
+
+# --- bundles ------------------------------------------------------------------------------------
+
+SIZES = {
+    "small": {"model": {"n_layer": 4, "d_model": 96}, "schedule": {"steps": 2200}},
+    "large": {"model": {"n_layer": 6}, "attn": {"lr_multiplier": 0.5}, "runtime": {"micro_batch": 8}},
+}
+
+
+def test_a_bundle_sets_several_keys_at_once(load):
+    grid = load({"base": {"model": {"n_head": 6}}, "arms": {"a": {}}, "axes": {"size": SIZES}, "seeds": [1]})
+    small, large = grid.runs.values()
+    assert (small.model.n_layer, small.model.d_model, small.schedule.steps) == (4, 96, 2200)
+    assert (large.model.n_layer, large.model.d_model, large.schedule.steps) == (6, 768, 50_000)
+    assert (large.assignment.attn.lr_multiplier, large.runtime.micro_batch) == (0.5, 8)
+    assert small.model.n_head == large.model.n_head == 6
+
+
+def test_bundles_are_an_axis_of_names(load):
+    axes = {"size": SIZES, "optimizer.muon.lr": [0.1, 0.2]}
+    grid = load({"arms": {"b": {}, "a": {"mlp": "dgram"}}, "axes": axes, "seeds": [2, 1]})
+    order = list(itertools.product([2, 1], ["small", "large"], [0.1, 0.2], ["b", "a"]))
+    assert [(c.seed, c.axes["size"], c.axes["optimizer.muon.lr"], c.arm) for c in grid.cells] == order
+    assert grid.axes == {"size": ["small", "large"], "optimizer.muon.lr": [0.1, 0.2]}
+    assert grid.index()["axes"] == ["size", "optimizer.muon.lr"]
+
+
+def test_a_run_is_the_same_with_and_without_bundles(load):
+    bundled = load({"arms": {"a": {}}, "axes": {"size": SIZES}, "seeds": [1]})
+    renamed = load({"arms": {"a": {}}, "axes": {"scale": {"x": SIZES["small"]}}, "seeds": [1]})
+    plain = load({"arms": {"a": {}}, "base": SIZES["large"], "seeds": [1]})
+    assert list(bundled.runs) == [*renamed.runs, *plain.runs]
+
+
+def test_a_bundle_may_be_left_empty(load):
+    grid = load("arms: {a: {}}\nseeds: [1]\naxes: {size: {default: , deep: {model: {n_layer: 20}}}}\n")
+    assert [run.model.n_layer for run in grid.runs.values()] == [12, 20]
+
+
+def test_bundles_that_assign_manifolds_leave_them_out_of_the_arms(load):
+    axes = {"where": {"attention": {"attn": "stiefel"}, "both": {"attn": "stiefel", "mlp": "dgram"}}}
+    grid = load({"arms": {"a": {}}, "axes": axes, "seeds": [1]})
+    assert grid.arms == {"a": {}}
+    kinds = [(r.assignment.attn.manifold, r.assignment.mlp.manifold) for r in grid.runs.values()]
+    assert kinds == [("stiefel", "none"), ("stiefel", "dgram")]
+
+
+def test_bundles_become_a_column_of_the_results_in_their_order(load, tmp_path):
+    grid = load({"arms": {"a": {}}, "axes": {"size": SIZES}, "seeds": [1]})
+    store = open_store(str(tmp_path / "store"))
+    store.put_grid(grid.name, grid.text, grid.index())
+    frames = load_frames(store)
+    assert frames.axes == ("size",)
+    assert list(frames.runs["size"]) == ["small", "large"]
+    assert list(frames.runs["label"]) == ["a · size=small", "a · size=large"]
+
+
+def test_no_bundle_hides_a_column_of_the_results():
+    assert set(RUN_DTYPES) <= COLUMNS
 
 
 # --- merging ------------------------------------------------------------------------------------
@@ -286,9 +352,17 @@ def shipped(name):
     return load_grid(SHIPPED / f"{name}.yaml", identify=lambda data: DIGEST)
 
 
-@pytest.mark.parametrize(
-    ("name", "runs"), [("quickstart", 10), ("paper", 25), ("retune_dgram_attention", 120)]
-)
+SHIPPED_RUNS = {
+    "quickstart": 10,
+    "paper": 25,
+    "retune_dgram_attention": 120,
+    "modular_manifolds": 55,
+    "scale": 60,
+    "gpt2_family": 9,
+}
+
+
+@pytest.mark.parametrize(("name", "runs"), SHIPPED_RUNS.items())
 def test_shipped_grids(name, runs):
     grid = shipped(name)
     assert grid.name == name
@@ -298,7 +372,7 @@ def test_shipped_grids(name, runs):
 
 
 def test_every_shipped_grid_is_tested():
-    assert {path.stem for path in SHIPPED.glob("*.yaml")} == {"quickstart", "paper", "retune_dgram_attention"}
+    assert {path.stem for path in SHIPPED.glob("*.yaml")} == set(SHIPPED_RUNS)
 
 
 def test_quickstart_is_the_five_arms_with_two_seeds():
@@ -329,6 +403,81 @@ def test_retune_holds_the_papers_own_runs():
     assert {id_.rsplit("-", 1)[0] for id_ in shared} == {
         "all_dgram-s1337", "all_dgram-s1338", "hetero_inv-s1337", "hetero_inv-s1338",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["scale", "gpt2_family"])
+def test_every_size_sees_20_tokens_a_parameter(name):
+    for run in shipped(name).runs.values():
+        tokens = run.schedule.steps * run.tokens_per_step
+        assert tokens / parameter_count(run.model) == pytest.approx(20, rel=0.02)
+        assert run.schedule.warmup_steps / run.schedule.steps == pytest.approx(1 / 50, rel=0.02)
+        assert run.schedule.steps / run.evaluation.every == pytest.approx(40, rel=0.02)
+        assert run.model.d_model // run.model.n_head == 64
+
+
+def test_scale_has_the_papers_arms_and_learning_rates():
+    scale, paper = shipped("scale"), shipped("paper")
+    assert scale.arms == paper.arms
+    assert list(scale.axes["size"]) == ["4l-256", "6l-384", "12l-768", "24l-1024"]
+    published = next(iter(paper.runs.values())).optimizer
+    for run in scale.runs.values():
+        assert (run.optimizer.adamw, run.optimizer.muon.lr) == (published.adamw, published.muon.lr)
+
+
+# --- planning -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHIPPED_RUNS)
+def test_shipped_grids_are_planned_without_data(name, tmp_path, capsys):
+    assert launch([name, "--dry-run", "--store", str(tmp_path / "store")]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("memory a worker: ")
+    assert (" of a GPU of " in last or " fits a GPU of " in last) is (name != "quickstart")
+
+
+XL = {"precision": "bfloat16", "model": {"n_layer": 48, "n_head": 25, "d_model": 1600}}
+GPU = {"gpus_per_worker": 1}
+THRIFTY = {"activation_checkpointing": True, "micro_batch": 8}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "resources", "ending"),
+    [
+        (THRIFTY, GPU, " with activation checkpointing (a-s1-RUN): fits a GPU of 40 GB"),
+        (THRIFTY, {**GPU, "workers": 8}, "checkpointing (a-s1-RUN): fits a GPU of 40 GB"),
+        ({}, GPU, "at micro batch 64 (a-s1-RUN): too much for a GPU of 80 GB; runtime.micro_batch 8 fits"),
+        ({"micro_batch": 8}, GPU, "at micro batch 8 (a-s1-RUN): fits a GPU of 80 GB"),
+        (THRIFTY, {"gpus_per_worker": 0.5}, "(a-s1-RUN): fits 0.5 of a GPU of 80 GB"),
+        ({}, {"gpus_per_worker": 0.25}, "too much for 0.25 of a GPU of 80 GB, whatever the micro batch"),
+        (THRIFTY, {}, " at micro batch 8 with activation checkpointing (a-s1-RUN)"),
+    ],
+)
+def test_memory_of_gpt2_xl(runtime, resources, ending, tmp_path, capsys):
+    spec = {"arms": {"a": {}}, "seeds": [1], "base": {**XL, "runtime": runtime}, "resources": resources}
+    path = tmp_path / "xl.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    assert launch([str(path), "--dry-run", "--store", str(tmp_path / "store")]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert re.sub(r"a-s1-[0-9a-f]{8}", "a-s1-RUN", last).endswith(ending)
+
+
+def test_checkpointing_is_proposed_where_no_micro_batch_is_small_enough(tmp_path, capsys):
+    base = {**XL, "model": {**XL["model"], "context": 32_768}}
+    path = tmp_path / "long.yaml"
+    path.write_text(yaml.safe_dump({"arms": {"a": {}}, "seeds": [1], "base": base, "resources": GPU}))
+    assert launch([str(path), "--dry-run", "--store", str(tmp_path / "store")]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.endswith("80 GB; runtime.micro_batch 1 with runtime.activation_checkpointing fits")
+
+
+def test_memory_is_that_of_the_largest_run(tmp_path, capsys):
+    axes = {"size": {"xl": {"model": XL["model"]}, "small": {}}}
+    path = tmp_path / "sizes.yaml"
+    path.write_text(yaml.safe_dump({"arms": {"a": {}}, "seeds": [1], "axes": axes}, sort_keys=False))
+    assert launch([str(path), "--dry-run", "--store", str(tmp_path / "store")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    xl = next(line.split()[0] for line in printed if " xl " in line)
+    assert printed[-1].endswith(f"({xl})")
 
 
 # --- whatever is in the file ---------------------------------------------------------------------

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from trainers.config import ModelConfig
 from trainers.models import build
 from trainers.models.attention import rotate
+from trainers.models.decoder import Decoder
 from trainers.param_groups import classify
 
 SMALL = {"n_layer": 2, "n_head": 2, "d_model": 16, "context": 8, "vocab_size": 256}
@@ -20,6 +25,15 @@ VARIANTS = [
     for attention in ("softmax", "sigmoid", "relu")
     for qk_norm in (False, True)
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two that spin are slower than one where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def model_of(**fields: object) -> torch.nn.Module:
@@ -122,3 +136,83 @@ def test_pointwise_attention_ignores_what_other_tokens_score(kind, shared):
         attention.heads = lambda _, taken=(q, keys, v): taken
         outputs.append(attention(x)[0, 7])
     assert torch.allclose(*outputs, atol=1e-9) is not shared
+
+
+# --- activation checkpointing -------------------------------------------------------------------
+
+TOKENS = torch.randint(256, (4, 8), generator=torch.Generator().manual_seed(3))
+
+
+def trained(call, model: Decoder, precision: str = "float32", micro: int = 4) -> list[torch.Tensor]:
+    """Loss and gradients of a batch in micro batches, as the training loop makes them."""
+    torch.manual_seed(5)
+    losses = []
+    chunks = TOKENS.split(micro)
+    for n, chunk in enumerate(chunks, start=1):
+        last = n == len(chunks)
+        quiet = nullcontext() if last or not isinstance(call, DistributedDataParallel) else call.no_sync()
+        with quiet:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                losses.append(call(chunk, chunk.roll(1, dims=1)))
+            losses[-1].backward()
+    return [*losses, *(p.grad for p in model.parameters())]
+
+
+def decoder(*, checkpointing: bool, **fields: object) -> Decoder:
+    model = build(ModelConfig.model_validate({**SMALL, **fields}))
+    model.initialize(0)
+    model.checkpointing = checkpointing
+    return model
+
+
+def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("attention", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_checkpointing_changes_no_bit(family, attention, dropout, precision):
+    fields = {"family": family, "attention": attention, "dropout": dropout}
+    kept, again = (decoder(checkpointing=c, **fields) for c in (False, True))
+    assert same_bits(trained(again, again, precision, 2), trained(kept, kept, precision, 2))
+    again.eval()
+    kept.eval()
+    assert torch.equal(again(TOKENS, TOKENS), kept(TOKENS, TOKENS))
+
+
+def test_checkpointing_runs_every_block_twice_in_training_alone():
+    model = decoder(checkpointing=True)
+    runs = []
+    for block in model.h:
+        block.register_forward_pre_hook(lambda *_: runs.append(1))
+    trained(model, model)
+    assert len(runs) == 2 * len(model.h)
+    runs.clear()
+    trained(model.eval(), model)
+    assert len(runs) == len(model.h)
+
+
+def test_checkpointing_changes_no_bit_where_graphs_are_captured():
+    """Captured whole, in forward and backward, by the front half of torch.compile."""
+    kept, again = (decoder(checkpointing=c) for c in (False, True))
+    compiled = torch.compile(again, backend="aot_eager", fullgraph=True)
+    assert same_bits(trained(compiled, again, "bfloat16"), trained(kept, kept, "bfloat16"))
+
+
+def of_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    for checkpointing in (False, True):
+        model = decoder(checkpointing=checkpointing, dropout=0.2)
+        found = trained(DistributedDataParallel(model), model, "bfloat16", 2)
+        torch.save(found, f"{folder}/{checkpointing}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_checkpointing_changes_no_bit_under_ddp_with_accumulation(tmp_path):
+    mp.spawn(of_rank, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        kept, again = (torch.load(tmp_path / f"{c}-{rank}.pt") for c in (False, True))
+        assert same_bits(kept, again)

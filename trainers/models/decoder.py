@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -55,7 +54,7 @@ class Decoder(nn.Module):
         return F.linear(self.ln_f(x), self.wte.weight)  # the head is the embedding
 
     def _through(self, block: nn.Module, x: Tensor) -> Tensor:  # (B, T, d) -> (B, T, d)
-        if self.checkpointing and self.training and torch.is_grad_enabled():
+        if self.checkpointing and self.training:
             again: Tensor = checkpoint(
                 block, x, use_reentrant=False, preserve_rng_state=self.config.dropout > 0
             )
