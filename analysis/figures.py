@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,18 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from analysis.load import Frames
 from analysis.tables import three_digits
-from analysis.theme import AFTER_BAD, INK, MUTED, VARIANTS, Style, arm_styles, direct_labels, look
-from trainers.records import FINISHED
+from analysis.theme import (
+    AFTER_BAD,
+    INK,
+    MODULAR_ARMS,
+    MUTED,
+    VARIANTS,
+    Style,
+    arm_styles,
+    direct_labels,
+    look,
+)
+from trainers.records import DIVERGED, FINISHED
 
 ZOOM_FROM = 0.6
 """The right panel of F1 shows the steps after this share of the horizon."""
@@ -71,13 +81,14 @@ def _groups(frames: Frames, long: pd.DataFrame, column: str) -> list[_Group]:
     wide = long.pivot_table(index="step", columns="run_id", values=column, aggfunc="max", dropna=False)
     for label, runs in frames.runs.groupby("label", sort=False):
         arm = str(runs["arm"].iloc[0])
-        line = VARIANTS[variants.setdefault(arm, 0) % len(VARIANTS)]
+        variant = variants.setdefault(arm, 0)
         variants[arm] += 1
         values = wide[[r for r in runs["run_id"] if r in wide]]
         values = values[np.isfinite(values.to_numpy(dtype=float)).any(axis=1)]
         if not values.empty:
             base = styles[arm]
-            groups.append(_Group(str(label), Style(base.colour, base.marker, line), runs, values))
+            line = VARIANTS[variant % len(VARIANTS)] if variant else base.line
+            groups.append(_Group(str(label), replace(base, line=line), runs, values))
     return groups
 
 
@@ -140,16 +151,125 @@ def overview(frames: Frames) -> Figure:
         return figure
 
 
-def _canvas(groups: Sequence[_Group]) -> tuple[Figure, Any, Any]:
-    """Two panels, each with a strip at its right for the names of its lines."""
+SMOOTHED = 0.05
+"""Gradient norms are drawn as running medians over this share of their records."""
+
+
+def modular(frames: Frames) -> Figure:
+    """The modular-manifolds plan: loss, σ_max at the end, norms of weights and of gradients by module."""
+    with look():
+        losses, norms, gradients = _modular_groups(frames)
+        figure, loss, sigma, *rest = _canvas(losses, rows=3)
+        _loss_panel(loss, losses, frames)
+        _end_panel(sigma, losses, frames)
+        for what, by_kind, axes in (
+            ("Frobenius norm ‖W‖_F, largest matrix", norms, rest[:2]),
+            ("gradient norm, median over matrices", gradients, rest[2:]),
+        ):
+            limits = _sigma_limits([group for groups in by_kind for group in groups])
+            for ax, groups, kind in zip(axes, by_kind, ("Attention", "MLP"), strict=True):
+                ax.set_title(f"{kind}: {what.partition(',')[0]}")
+                ax.set_ylabel(what)
+                if groups:
+                    _trends(ax, groups, frames, limits)
+                    _ends_of_diverged(ax, groups)
+                else:
+                    _say(ax, "not recorded yet")
+        return figure
+
+
+def modular_caption(frames: Frames) -> str:
+    groups, *_ = _modular_groups(frames)
+    if not groups:
+        return "Modular manifolds. No evaluations yet."
+    lost = sum(int((group.runs["status"] == DIVERGED).sum()) for group in groups)
+    bad = sum(group.unstable for group in groups)
+    marked = f"{lost} of them diverged (×)" if lost else "none of them diverged"
+    marked += f", {bad} unstable (on the loss, × is the first bad evaluation)" if bad else ""
+    return (
+        "Modular manifolds. Validation loss; largest singular value of any matrix at the end, one mark per "
+        "run; over steps, the largest Frobenius norm of any matrix and the median gradient norm (before the "
+        f"clip; running median over {SMOOTHED:.0%} of the records). {_sample(frames, groups)}, {marked}. "
+        "Thin lines: one run each; thick: median over seeds. Colour: method. Dash-dotted: on attention "
+        "alone; dotted: on the MLP alone; dash-dot-dotted: decay switched; dashed: after the first bad "
+        "evaluation."
+    )
+
+
+def _modular_groups(frames: Frames) -> tuple[list[_Group], list[list[_Group]], list[list[_Group]]]:
+    """Of losses, of norms by module kind, and of gradients by module kind."""
+
+    def styled(long: pd.DataFrame, column: str) -> list[_Group]:
+        found = [g for g in _groups(frames, long, column) if g.runs["arm"].iloc[0] in MODULAR_ARMS]
+        return [replace(group, style=MODULAR_ARMS[group.runs["arm"].iloc[0]]) for group in found]
+
+    norms, gradients = [], []
+    for kind in ("attn", "mlp"):
+        flow = frames.flow[frames.flow["module"] == kind]
+        grads = flow.groupby(["run_id", "step"])["grad_norm"].median().reset_index()
+        norms.append(styled(flow, "weight_norm"))
+        gradients.append([_smoothed(group) for group in styled(grads, "grad_norm")])
+    return styled(frames.evals, "val_loss"), norms, gradients
+
+
+def _smoothed(group: _Group) -> _Group:
+    window = max(1, round(SMOOTHED * len(group.values)))
+    median = group.values.rolling(window, min_periods=1).median()
+    return replace(group, values=median.where(group.values.notna()))
+
+
+def _ends_of_diverged(ax: Any, groups: Sequence[_Group]) -> None:
+    for group in groups:
+        for run_id in group.runs.loc[group.runs["status"] == DIVERGED, "run_id"]:
+            series = group.values[run_id] if run_id in group.values else pd.Series(dtype=float)
+            series = series[np.isfinite(series.to_numpy(dtype=float))]
+            if len(series):
+                _cross(ax, series, int(series.index[-1]), ax.get_ylim()[1], group.style.colour)
+
+
+def _end_panel(ax: Any, groups: Sequence[_Group], frames: Frames) -> None:
+    """σ_max at the last spectra of each run: one row of marks per arm, attention above the MLP."""
+    ax.set_title("Largest singular value at the end")
+    ax.set_xlabel("σ_max  (● attention, □ MLP, × diverged)")
+    last = frames.spectra[frames.spectra["step"] == frames.spectra.groupby("run_id")["step"].transform("max")]
+    ends = last.groupby(["run_id", "module"])["sigma_max"].max().unstack()
+    low, high, logarithmic = _sigma_limits([_Group("", Style(INK, ""), frames.runs, ends)])
+    if ends.empty or not groups:
+        return _say(ax, "no spectra yet")
+    if logarithmic:
+        ax.set_xscale("log")
+        _plain_decades(ax.xaxis, low, high)
+    ax.set_xlim(low, high)
+    for row, group in enumerate(groups):
+        for kind, marker, face, rise in (
+            ("attn", "o", group.style.colour, 0.16),
+            ("mlp", "s", "none", -0.16),
+        ):
+            for run in group.runs.itertuples():
+                value = ends[kind].get(run.run_id, math.nan) if kind in ends else math.nan
+                shape = {"marker": "x" if run.status == DIVERGED else marker, "ms": 5.5, "mfc": face}
+                if not math.isnan(value):
+                    ax.plot(
+                        [min(value, high)], [rise - row], color=group.style.colour, clip_on=False, **shape
+                    )
+    ax.set_ylim(0.6 - len(groups), 0.6)
+    ax.yaxis.tick_right()
+    ax.set_yticks([-row for row in range(len(groups))], [_named(group) for group in groups])
+    ax.tick_params(axis="y", length=0)
+    return None
+
+
+def _canvas(groups: Sequence[_Group], rows: int = 1) -> tuple[Figure, *tuple[Any, ...]]:
+    """Rows of two panels, each with a strip at its right for the names of its lines."""
     names = {_named(group) for group in groups}
     strip = 0.72 + 0.076 * max([len(name) for name in names], default=8)  # inches; a number may follow
     before, panel, top, bottom = 0.72, 3.3, 0.36, 0.52
     width = 2 * (before + panel + strip)
-    height = max(4.1, top + bottom + 0.172 * len(names))
+    height = rows * max(4.1, top + bottom + 0.172 * len(names))
     figure = Figure(figsize=(width, height))
-    box = (before / width, bottom / height, panel / width, 1 - (top + bottom) / height)
-    return figure, figure.add_axes(box), figure.add_axes((0.5 + box[0], *box[1:]))
+    size = (panel / width, 1 / rows - (top + bottom) / height)
+    at = [(x + before / width, y / rows + bottom / height) for y in reversed(range(rows)) for x in (0, 0.5)]
+    return figure, *[figure.add_axes((*corner, *size)) for corner in at]
 
 
 def _loss_panel(ax: Any, groups: Sequence[_Group], frames: Frames) -> None:
@@ -241,12 +361,15 @@ def _sigma_panel(
     ax.set_ylabel("σ_max, maximum over matrices")
     if not groups:
         return _say(ax, "no spectra yet")
+    return _trends(ax, groups, frames, limits)
+
+
+def _trends(ax: Any, groups: Sequence[_Group], frames: Frames, limits: tuple[float, float, bool]) -> None:
+    """Each run, and the median over seeds."""
     low, high, logarithmic = limits
     if logarithmic:
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
-        ax.yaxis.set_major_formatter(lambda x, _: f"{x:,g}" if x < 1e6 else f"{x:.0e}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        _plain_decades(ax.yaxis, low, high)
     ax.set_ylim(low, high)
     for group in groups:
         for run_id in group.values:
@@ -254,7 +377,12 @@ def _sigma_panel(
         _line(ax, group.median, group.style, None, width=1.9)
     _to_horizon(ax, frames)
     direct_labels(ax, [(g.end, f"{_named(g)} {three_digits(g.end)}", g.style.colour) for g in groups])
-    return None
+
+
+def _plain_decades(axis: Any, low: float, high: float) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+    axis.set_major_formatter(lambda x, _: f"{x:,g}" if x < 1e6 else f"{x:.0e}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _line(

@@ -16,8 +16,9 @@ from xml.etree import ElementTree
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
-from analysis import figures, tables, theme
+from analysis import figures, hypotheses, tables, theme
 from analysis.load import Frames
 from trainers.records import FINISHED
 
@@ -26,30 +27,55 @@ _XLINK = "{http://www.w3.org/1999/xlink}href"
 
 
 def write_report(frames: Frames, out_dir: Path) -> Path:
-    """Write `index.html`, `tables/t1.csv` and `figures/*.{svg,png}` into `out_dir`; returns the page's path.
+    """Write `index.html`, `tables/*.csv` and `figures/*.{svg,png}` into `out_dir`; returns the page's path.
 
     The same frames give the same bytes. Files of an earlier report are overwritten, others left alone.
+    The arms of the modular-manifolds plan get a section of their own (see `hypotheses.applies`).
     """
-    table = tables.t1(frames)
-    drawn = (
-        ("f1", figures.f1(frames), figures.f1_caption(frames)),
-        ("f2", figures.f2(frames), figures.f2_caption(frames)),
-    )
     (out_dir / "tables").mkdir(parents=True, exist_ok=True)
     (out_dir / "figures").mkdir(exist_ok=True)
-    (out_dir / "tables" / "t1.csv").write_text(tables.to_csv(table), encoding="utf-8", newline="")
-    for name, figure in [(name, figure) for name, figure, _ in drawn] + [
-        ("overview", figures.overview(frames))
-    ]:
-        (out_dir / "figures" / f"{name}.svg").write_bytes(theme.svg(figure))
-        (out_dir / "figures" / f"{name}.png").write_bytes(theme.png(figure))
-    inline = [
-        {"name": name, "caption": caption, "svg": _inline(theme.svg(figure), name, caption)}
-        for name, figure, caption in drawn
+    table = tables.t1(frames)
+    _write_table(out_dir, "t1", table)
+    drawn = [
+        _drawn(out_dir, "f1", figures.f1(frames), figures.f1_caption(frames)),
+        _drawn(out_dir, "f2", figures.f2(frames), figures.f2_caption(frames)),
     ]
+    _write_figure(out_dir, "overview", figures.overview(frames))
+    modular = _modular(frames, out_dir) if hypotheses.applies(frames) else None
     page = out_dir / "index.html"
-    page.write_text(_render(frames, table, inline), encoding="utf-8", newline="")
+    page.write_text(_render(frames, table, drawn, modular), encoding="utf-8", newline="")
     return page
+
+
+def _modular(frames: Frames, out_dir: Path) -> dict[str, Any]:
+    """The files of the section on the modular-manifolds plan, and what the page shows of it."""
+    found, metrics = hypotheses.answers(frames), tables.modular(frames)
+    _write_table(out_dir, "hypotheses", hypotheses.frame(found))
+    _write_table(out_dir, "modular", metrics)
+    return {
+        "answers": hypotheses.answers_text(found),
+        "comparisons": hypotheses.comparisons_text(found),
+        "metrics": tables.modular_text(frames, metrics),
+        "figure": _drawn(out_dir, "modular", figures.modular(frames), figures.modular_caption(frames)),
+    }
+
+
+def _write_table(out_dir: Path, name: str, table: pd.DataFrame) -> None:
+    (out_dir / "tables" / f"{name}.csv").write_text(tables.to_csv(table), encoding="utf-8", newline="")
+
+
+def _write_figure(out_dir: Path, name: str, figure: Figure) -> bytes:
+    """Write both files; returns the SVG."""
+    svg = theme.svg(figure)
+    (out_dir / "figures" / f"{name}.svg").write_bytes(svg)
+    (out_dir / "figures" / f"{name}.png").write_bytes(theme.png(figure))
+    return svg
+
+
+def _drawn(out_dir: Path, name: str, figure: Figure, caption: str) -> dict[str, Any]:
+    """Write the figure; returns what the page needs to show it."""
+    svg = _write_figure(out_dir, name, figure)
+    return {"name": name, "caption": caption, "svg": _inline(svg, name, caption)}
 
 
 def summary(frames: Frames, table: pd.DataFrame) -> list[str]:
@@ -125,7 +151,9 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def _render(frames: Frames, table: pd.DataFrame, drawn: list[dict[str, Any]]) -> str:
+def _render(
+    frames: Frames, table: pd.DataFrame, drawn: list[dict[str, Any]], modular: dict[str, Any] | None
+) -> str:
     source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     style = re.search(r"<style>(.*?)</style>", source, re.DOTALL)
     assert style is not None
@@ -139,6 +167,7 @@ def _render(frames: Frames, table: pd.DataFrame, drawn: list[dict[str, Any]]) ->
         summary=summary(frames, table),
         t1=tables.t1_text(frames, table),
         figures=drawn,
+        modular=modular,
         runs=_run_rows(frames),
         provenance=_provenance(frames),
     )

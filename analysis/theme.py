@@ -71,13 +71,36 @@ class Style:
     line: Any = "-"
 
 
+_ALL, _ATTENTION, _FFN, _OTHER = VARIANTS
+_PLAIN, _STIEFEL, _SPECTRAL, _MUON, _BOTH = (
+    PAPER_ARMS[arm] for arm in ("unconstrained", "all_stiefel", "all_dgram", "hetero", "hetero_inv")
+)
+MODULAR_ARMS = {
+    "baseline": Style(*_PLAIN, _ALL),
+    "muon_all": Style(*_MUON, _ALL),
+    "muon_attention": Style(*_MUON, _ATTENTION),
+    "muon_ffn": Style(*_MUON, _FFN),
+    "stiefel_all": Style(*_STIEFEL, _ALL),
+    "stiefel_attention": Style(*_STIEFEL, _ATTENTION),
+    "stiefel_ffn": Style(*_STIEFEL, _FFN),
+    "spectral_all": Style(*_SPECTRAL, _ALL),
+    "manifold_muon": Style(*_BOTH, _ALL),
+    "stiefel_all_decay": Style(*_STIEFEL, _OTHER),
+    "baseline_no_decay": Style(*_PLAIN, _OTHER),
+}
+"""Colour says which method, the line which matrices it is on; five colours are as many as stay apart."""
+
+
 def look() -> Any:
     """Context in which figures are built and written."""
     return mpl.rc_context(_RC)
 
 
 def arm_styles(arms: Sequence[str]) -> dict[str, Style]:
-    """The paper's arms keep their colour everywhere; others take the next of a fixed cycle."""
+    """The paper's arms keep their colour everywhere, and so do those of the modular-manifolds plan where
+    there are no others; the rest take the next of a fixed cycle."""
+    if set(arms) <= set(MODULAR_ARMS):
+        return {arm: MODULAR_ARMS[arm] for arm in arms}
     others = [arm for arm in arms if arm not in PAPER_ARMS]
     cycle = {arm: OTHER_ARMS[i % len(OTHER_ARMS)] for i, arm in enumerate(others)}
     return {arm: Style(*(PAPER_ARMS.get(arm) or cycle[arm])) for arm in arms}

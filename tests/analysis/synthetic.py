@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mmsweep.store import RunStore, open_store
 from trainers.config import RunConfig, run_id
@@ -15,6 +18,7 @@ from trainers.records import (
     STATUS,
     SUMMARY,
     EvalRecord,
+    FlowRecord,
     PartWriter,
     SpectrumRecord,
     StepRecord,
@@ -31,6 +35,22 @@ ARMS = {
     "all_dgram": ("dgram", "dgram"),
     "hetero": ("stiefel", "dgram"),
     "hetero_inv": ("dgram", "stiefel"),
+}
+ADAMW = {"optimizer": "adamw"}
+STIEFEL = {"optimizer": "adamw", "manifold": "stiefel"}
+SPECTRAL = {"optimizer": "adamw", "manifold": "spectral"}
+MODULAR = {
+    "baseline": (ADAMW, ADAMW),
+    "muon_all": ("none", "none"),
+    "muon_attention": ("none", ADAMW),
+    "muon_ffn": (ADAMW, "none"),
+    "stiefel_all": (STIEFEL, STIEFEL),
+    "stiefel_attention": (STIEFEL, ADAMW),
+    "stiefel_ffn": (ADAMW, STIEFEL),
+    "spectral_all": (SPECTRAL, SPECTRAL),
+    "manifold_muon": ("stiefel", "stiefel"),
+    "stiefel_all_decay": ({**STIEFEL, "weight_decay": 0.1}, {**STIEFEL, "weight_decay": 0.1}),
+    "baseline_no_decay": ({**ADAMW, "weight_decay": 0.0}, {**ADAMW, "weight_decay": 0.0}),
 }
 MATRICES = tuple(
     f"h.{i}.{name}" for i in (0, 1) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -51,10 +71,15 @@ class Run:
     every: int = 25
     overrides: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
+    step_losses: Sequence[float] = ()
+    """Of the steps 1, 2, ..., with `step_grads`; where empty, ten records are made from `losses`."""
+    step_grads: Sequence[float] = ()
+    norms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """By module kind, the first and last Frobenius norm of its largest matrix; no flow where empty."""
 
     @property
     def config(self) -> RunConfig:
-        attn, mlp = ARMS.get(self.arm, ("none", "none"))
+        attn, mlp = (ARMS | MODULAR).get(self.arm, ("none", "none"))
         fields: dict[str, Any] = {
             "arm": self.arm,
             "seed": self.seed,
@@ -116,7 +141,8 @@ def grid_index(
         "name": name,
         "description": "Five assignments on a tiny GPT",
         "arms": {
-            arm: dict(zip(("attn", "mlp"), ARMS.get(arm, ("none", "none")), strict=True)) for arm in arms
+            arm: dict(zip(("attn", "mlp"), (ARMS | MODULAR).get(arm, ("none", "none")), strict=True))
+            for arm in arms
         },
         "axes": list(axes),
         "seeds": sorted({run.seed for run in runs}),
@@ -153,11 +179,12 @@ def write_run(store: RunStore, run: Run, folder: Path) -> None:
         for record in _spectra(run, step):
             writer.append(record)
     done = run.evaluations[-1][0]
-    for step in range(1, done + 1, run.steps // 10):
-        loss = run.losses[min(step // run.every, len(run.losses) - 1)]
+    for step, loss, grad in _steps(run, done):
         writer.append(
-            StepRecord(run.run_id, 1, step, step * 2048, loss, 0.8, 6e-4, 0.3, 210.0, 9800.0, 1e9 + step)
+            StepRecord(run.run_id, 1, step, step * 2048, loss, grad, 6e-4, 0.3, 210.0, 9800.0, 1e9 + step)
         )
+    for record in _flow(run, done):
+        writer.append(record)
     writer.roll()
     store.ship(run.run_id, folder)
     state = {
@@ -191,6 +218,79 @@ def summary_of(run: Run, done: int) -> dict[str, Any]:
         "verdict": verdict.to_dict(),
         "attempts": 1,
     }
+
+
+def _steps(run: Run, done: int) -> Iterator[tuple[int, float, float]]:
+    if len(run.step_losses):
+        yield from zip(itertools.count(1), run.step_losses, run.step_grads, strict=False)
+        return
+    for step in range(1, done + 1, run.steps // 10):
+        yield step, run.losses[min(step // run.every, len(run.losses) - 1)], 0.8
+
+
+def _flow(run: Run, done: int) -> Iterator[FlowRecord]:
+    """Norms that go from first to last in a straight line; of each kind the first matrix is the largest."""
+    for step in (1, *range(run.every, done + 1, run.every)) if run.norms else ():
+        for i, matrix in enumerate(MATRICES):
+            module = "attn" if ".attn." in matrix else "mlp"
+            first, last = run.norms[module]
+            norm = (first + (last - first) * (step - 1) / max(done - 1, 1)) * (1.0 if i in (0, 2) else 0.5)
+            grad = 0.1 * (i + 1) * (1 + 1 / step)
+            yield FlowRecord(
+                run=run.run_id,
+                attempt=1,
+                step=step,
+                matrix=matrix,
+                layer=i // 4,
+                module=module,
+                grad_norm=grad,
+                clipped_grad_norm=grad,
+                update_ratio=1e-3,
+                weight_norm=norm,
+                sigma_max=1.0,
+                activation_rms=1.0,
+            )
+
+
+def modular_like(seeds: int = 3, arms: Sequence[str] = tuple(MODULAR)) -> list[Run]:
+    """The modular-manifolds grid with truths planted for every hypothesis, all of them supported."""
+    finals = {
+        "baseline": 3.90,
+        "muon_all": 3.60,
+        "muon_attention": 3.70,
+        "muon_ffn": 3.80,
+        "stiefel_all": 3.75,
+        "stiefel_attention": 3.78,
+        "stiefel_ffn": 3.86,
+        "spectral_all": 3.88,
+        "manifold_muon": 3.50,
+        "stiefel_all_decay": 3.751,
+        "baseline_no_decay": 3.95,
+    }
+    return [planted(arm, seed, finals[arm]) for arm in arms for seed in range(seeds)]
+
+
+def planted(arm: str, seed: int, final: float, **changes: Any) -> Run:
+    """A run of the modular-manifolds grid that ends near `final`. Unless changed: Muon arms have half
+    the noise of the others, and matrices grow 3 to 4 times, but not where they are held."""
+    kinds = ("attn", "mlp")
+    noise = np.random.Generator(np.random.Philox([seed, list(MODULAR).index(arm)]))
+    muon = "muon" in arm
+    held = {k for k in kinds if "stiefel_all" in arm or arm in ("spectral_all", "manifold_muon")}
+    held |= {"attn"} if arm == "stiefel_attention" else {"mlp"} if arm == "stiefel_ffn" else set()
+    grown = {kind: 1.0 if kind in held else 3.0 + 0.2 * seed + 0.3 * muon for kind in kinds}
+    steps, every = changes.setdefault("steps", 200), changes.setdefault("every", 50)
+    spread = 0.01 if muon else 0.02 + 0.001 * seed
+    fields: dict[str, Any] = {
+        "attn_sigma": grown["attn"],
+        "mlp_sigma": grown["mlp"],
+        "norms": {kind: (16.0, 16.0 * grown[kind]) for kind in kinds},
+        "step_losses": final + 2 * np.exp(-np.arange(steps) / 40) + spread * noise.standard_normal(steps),
+        "step_grads": np.exp(10 * spread * noise.standard_normal(steps)),
+    }
+    losses = curve(final + 0.002 * noise.standard_normal(), n=steps // every + 1)
+    fields |= changes
+    return Run(arm, seed, fields.pop("losses", losses), **fields)
 
 
 def _spectra(run: Run, step: int) -> list[SpectrumRecord]:

@@ -3,20 +3,22 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import Run, curve, grid_index, write_store
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+from synthetic import Run, curve, grid_index, planted, write_store
 
 from analysis import figures
 from analysis.load import load
 from analysis.theme import OTHER_ARMS, PAPER_ARMS, arm_styles, png, spread, svg
 
-FIGURES = (figures.f1, figures.f2, figures.overview)
+FIGURES = (figures.f1, figures.f2, figures.overview, figures.modular)
 LITTLE = {
     "nothing yet": [Run("hetero", 0, [], status="pending")],
     "one evaluation": [Run("hetero", 0, [5.5], status="running")],
@@ -99,6 +101,59 @@ def test_f2_takes_the_largest_matrix_of_each_module_and_turns_logarithmic(sweep)
 def test_f2_stays_linear_over_a_small_range(tmp_path):
     frames = load(write_store(tmp_path, [Run("unconstrained", 0, curve(2.4), attn_sigma=3.0, mlp_sigma=2.0)]))
     assert figures.f2(frames).axes[0].get_yscale() == "linear"
+
+
+def test_the_arms_of_the_plan_have_lines_of_their_own(modular_frames):
+    seen = {(style.colour, str(style.line)) for style in figures.MODULAR_ARMS.values()}
+    assert len(seen) == len(figures.MODULAR_ARMS) == 11
+    assert {colour for colour, _ in seen} == {colour for colour, _ in PAPER_ARMS.values()}
+    assert set(modular_frames.arms) == set(figures.MODULAR_ARMS)
+
+
+def test_the_plan_s_panels_show_norms_and_gradients_by_module(modular_frames):
+    loss, sigma, attn_norm, mlp_norm, attn_grad, mlp_grad = figures.modular(modular_frames).axes
+    held, free = figures.MODULAR_ARMS["stiefel_attention"], figures.MODULAR_ARMS["muon_ffn"]
+    for ax, arm, end in ((attn_norm, held, 16.0), (mlp_norm, held, 51.2), (attn_norm, free, 56.0)):
+        line = curves(ax, arm.colour, arm.line)[-1]  # the median is drawn last
+        assert line.get_ydata()[-1] == pytest.approx(end)
+    assert attn_norm.get_ylim() == mlp_norm.get_ylim()
+    assert attn_grad.get_ylim() == mlp_grad.get_ylim()
+    names = [label.get_text() for label in sigma.get_yticklabels()]
+    assert names == list(modular_frames.arms)
+    marks = {
+        (round(float(line.get_xdata()[0]), 6), line.get_marker())
+        for line in sigma.lines
+        if line.get_color() == held.colour
+    }
+    assert {(1.0, "o"), (3.2, "s")} <= marks
+    texts = [text.get_text() for text in loss.texts]
+    assert len(texts) == 11
+    caption = figures.modular_caption(modular_frames)
+    assert 'n = 33 runs (3 of each of 11; seeds 0, 1, 2) of grid "modular_manifolds"' in caption
+    assert "none of them diverged" in caption
+
+
+def test_labels_of_the_plan_s_figure_do_not_overlap(modular_frames):
+    figure = figures.modular(modular_frames)
+    FigureCanvasAgg(figure).draw()
+    for ax in figure.axes:
+        boxes = [Text.get_window_extent(text) for text in ax.texts]  # without its arrow
+        assert not [1 for a, b in combinations(boxes, 2) if a.overlaps(b)]
+        assert all(box.x1 <= figure.bbox.width for box in boxes)
+
+
+def test_a_diverged_run_is_crossed_where_it_ended(tmp_path):
+    quick = {"steps": 100, "every": 50}
+    runs = [planted("baseline", s, 4.0, **quick) for s in range(2)]
+    runs += [planted("muon_all", 0, 4.0, losses=[5.0, math.nan], status="diverged", **quick)]
+    frames = load(write_store(tmp_path, runs))
+    loss, sigma, attn_norm, *_ = figures.modular(frames).axes
+    colour = figures.MODULAR_ARMS["muon_all"].colour
+    for ax, steps in ((loss, [50]), (attn_norm, [50]), (sigma, [pytest.approx(1 + 2.3 * 0.5**1.5)] * 2)):
+        crosses = [line for line in ax.lines if line.get_marker() == "x"]
+        assert {line.get_color() for line in crosses} == {colour}
+        assert [line.get_xdata()[0] for line in crosses] == steps
+    assert "1 of them diverged (×)" in figures.modular_caption(frames)
 
 
 def test_captions_say_how_many_runs_of_what(sweep):

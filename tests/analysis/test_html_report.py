@@ -7,7 +7,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from synthetic import Run, curve, grid_index, write_store
+from synthetic import Run, curve, grid_index, planted, write_store
 
 from analysis.load import load
 from analysis.report import summary, write_report
@@ -151,3 +151,51 @@ def test_a_report_of_little_is_whole(tmp_path, runs, expected):
     text = Page(page.read_text()).text
     assert expected in text
     assert "nan" not in re.findall(r"\bnan\b", text)
+
+
+@pytest.fixture(scope="module")
+def modular_report(tmp_path_factory):
+    """Two arms of the plan, and a third whose name is hostile."""
+    quick = {"steps": 100, "every": 50}
+    runs = [planted(arm, seed, 4.0, **quick) for arm in ("baseline", "muon_all") for seed in (0, 1)]
+    runs.append(planted("muon_ffn", 0, 4.0, **quick))
+    index = grid_index(runs)
+    index["cells"][4]["arm"] = EVIL
+    folder = tmp_path_factory.mktemp("modular")
+    frames = load(write_store(folder, runs, index=index))
+    return write_report(frames, folder / "out"), frames
+
+
+def test_the_plan_s_section_stands_where_its_arms_are(modular_report, report):
+    page, _ = modular_report
+    parsed = Page(page.read_text())
+    ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert {"modular-manifolds", "comparisons", "metrics", "modular"} <= set(ids)
+    assert len(ids) == len(set(ids))
+    for text in (
+        "Stiefel prevents weight explosion",
+        "Exploratory",
+        "(baseline − muon_ffn)",
+        "Unstable runs",
+    ):
+        assert text in parsed.text
+    links = {attributes["href"] for tag, attributes in parsed.tags if tag == "a"}
+    for link in ("tables/hypotheses.csv", "tables/modular.csv", "figures/modular.svg", "figures/modular.png"):
+        assert link in links
+        assert (page.parent / link).stat().st_size > 500
+    assert "modular" not in report[0].read_text()
+
+
+def test_the_plan_s_section_is_the_same_bytes_again(modular_report, tmp_path):
+    page, frames = modular_report
+    again = write_report(frames, tmp_path)
+    for name in ("index.html", "tables/hypotheses.csv", "tables/modular.csv", "figures/modular.svg"):
+        assert (again.parent / name).read_bytes() == (page.parent / name).read_bytes()
+
+
+def test_a_stranger_among_the_plan_s_arms_is_escaped(modular_report):
+    parsed = Page(modular_report[0].read_text())
+    assert parsed.text.count(EVIL) >= 3  # in T1, in the metrics and in the list of runs
+    assert not [tag for tag, _ in parsed.tags if tag in ("script", "img")]
+    assert "no finished run: muon_ffn" in parsed.text
+    assert "49" not in re.findall(r"\b49\b", parsed.text)

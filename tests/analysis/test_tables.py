@@ -4,13 +4,15 @@ import csv
 import io
 import math
 import re
+import statistics
+from dataclasses import replace
 
 import pandas as pd
 import pytest
-from synthetic import ARMS, Run, curve, grid_index, paper_like, write_run, write_store
+from synthetic import ARMS, Run, curve, grid_index, paper_like, planted, write_run, write_store
 
 from analysis.load import load
-from analysis.tables import t1, t1_text, to_csv
+from analysis.tables import modular, modular_text, t1, t1_text, to_csv
 
 
 def flat(final, n=13):
@@ -178,3 +180,41 @@ def test_text_marks_the_predeclared_contrasts_alone(paper_frames):
         (r[0], c) for r in text.rows for c, cell in zip(text.columns, r, strict=True) if cell.endswith("*")
     }
     assert marked == {("hetero", "− unconstrained"), ("hetero", "− all_stiefel")}
+
+
+def test_metrics_of_the_plan_by_hand(tmp_path):
+    norms = {"attn": (8.0, 16.0), "mlp": (8.0, 12.0)}
+    quick = {"steps": 100, "every": 50, "norms": norms, "attn_sigma": 4.0, "mlp_sigma": 2.0}
+    runs = [
+        planted("baseline", s, 3.0, losses=[5.0, 4.0, final], **quick)
+        for s, final in enumerate((3.0, 3.1, 3.5))
+    ]
+    runs += [replace(planted("baseline", 3, 3.0, losses=[5.0, 1.0], **quick), status="running")]
+    runs += [planted("muon_all", 0, 3.0, losses=[5.0, math.nan], status="diverged", **quick)]
+    frames = load(write_store(tmp_path, runs))
+    table = modular(frames)
+    base = row(table, "baseline")
+    assert (base["n_finished"], base["n_spectra"], base["n_flow"]) == (3, 3, 3)
+    assert (base["val_loss"], base["train_loss"]) == (3.1, pytest.approx(3.07))
+    assert base["perplexity"] == pytest.approx(math.exp(3.1))
+    assert (base["attn_sigma_max"], base["mlp_sigma_max"]) == (4.0, 2.0)
+    # σ_min is .8 of σ_max, and the smaller matrices grow by .4 of what the largest does.
+    assert (base["attn_sigma_min"], base["mlp_sigma_min"]) == pytest.approx((0.8 * 2.2, 0.8 * 1.4))
+    assert (base["attn_norm"], base["mlp_norm"]) == (16.0, 12.0)
+    # Gradients of matrix i: (i + 1) / 10 times 1 + 1/step, at steps 1, 50 and 100; attention is 0, 1, 4, 5.
+    grads = [0.1 * (i + 1) * (1 + 1 / step) for i in (0, 1, 4, 5) for step in (1, 50, 100)]
+    assert base["attn_grad_norm"] == pytest.approx(statistics.median(grads))
+    assert base["tokens_per_s"] == 9800.0
+    lost = row(table, "muon_all")
+    assert lost["val_loss"] == lost["train_loss"] == lost["perplexity"] == math.inf
+    text = modular_text(frames, table)
+    assert text.rows[1][2:5] == ("diverged",) * 3
+    assert text.rows[0][1:5] == ("3", "3.0700", "3.1000", "22.2")
+
+
+def test_metrics_are_whole_where_nothing_was_recorded(paper_frames, tmp_path):
+    table = modular(paper_frames)
+    assert table["n_flow"].tolist() == [0] * 5
+    assert table[["attn_norm", "mlp_grad_norm"]].isna().all(axis=None)
+    frames = load(write_store(tmp_path, [Run("hetero", 0, [], status="pending")]))
+    assert set(modular_text(frames, modular(frames)).rows[0][2:]) == {"–"}
