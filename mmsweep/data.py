@@ -32,6 +32,7 @@ from rich.progress import Progress as Bar
 from mmsweep.objects import StoreError
 from trainers import corpus
 from trainers.config import DataConfig
+from trainers.documents import expanded
 from trainers.errors import InputError
 
 LINE_S = 10.0
@@ -105,7 +106,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     if arguments.grid is None and "source" not in given:
         raise InputError("nothing to prepare; name a grid file, or give --source and what it needs")
     wanted = _of_options(given) if arguments.grid is None else _of_grid(arguments.grid)
-    out: Path | None = arguments.out and corpus.expanded(str(arguments.out))
+    out: Path | None = arguments.out and expanded(str(arguments.out))
     if out is not None and len(wanted) > 1:
         raise InputError(f"--out: the grid needs {len(wanted)} corpora; prepare each by its options")
     for data in wanted:

@@ -25,26 +25,8 @@ from trainers.config import DataConfig
 from trainers.documents import DataSet, Document, Files, Position, expanded, find, in_val, matches, spec_hash
 from trainers.errors import InputError
 from trainers.records import write_json
-from trainers.shards import Shard, ShardWriter, Tokens, inspect, read_shard, shard_tokens, write_shard
-from trainers.tokenizers import encoded, gpt2_encoding, tokenizer
-
-__all__ = [
-    "Corpus",
-    "Progress",
-    "build",
-    "by_size",
-    "cache_root",
-    "expanded",
-    "gpt2_encoding",
-    "identify",
-    "inspected",
-    "prepare",
-    "read_shard",
-    "shard_tokens",
-    "tokenizer",
-    "verify",
-    "write_shard",
-]
+from trainers.shards import Shard, ShardWriter, Tokens, inspect, shard_tokens
+from trainers.tokenizers import encoded
 
 MANIFEST = "corpus.json"
 PROGRESS = "progress.json"

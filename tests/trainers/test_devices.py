@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from trainers import corpus
 from trainers.batches import Batches
 from trainers.clock import Clock, no_span
 from trainers.devices import peak, peak_memory
 from trainers.distributed import Group
 from trainers.errors import InputError
 from trainers.prefetch import Prefetch
+from trainers.shards import write_shard
 
 CPU = torch.device("cpu")
 
@@ -71,7 +71,7 @@ def test_peak_memory_is_at_least_what_is_held():
 
 @pytest.fixture
 def batches(tmp_path):
-    corpus.write_shard(tmp_path / "train.bin", np.arange(5_000, dtype=np.uint16) % 256)
+    write_shard(tmp_path / "train.bin", np.arange(5_000, dtype=np.uint16) % 256)
     return Batches([tmp_path / "train.bin"], 16, 256)
 
 
@@ -103,7 +103,7 @@ def test_the_next_rows_are_read_by_a_thread_and_nothing_after_the_last(batches, 
 
 
 def test_an_error_of_the_reader_is_raised_where_its_rows_are_wanted(tmp_path):
-    corpus.write_shard(tmp_path / "train.bin", np.full(5_000, 300, np.uint16))
+    write_shard(tmp_path / "train.bin", np.full(5_000, 300, np.uint16))
     prefetch = Prefetch(Batches([tmp_path / "train.bin"], 16, 256), 1337, 8, Group(0, 1, CPU))
     for step in range(2):
         with pytest.raises(InputError, match=r"train.bin.*300.*256"):

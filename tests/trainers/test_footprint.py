@@ -19,6 +19,8 @@ from trainers.models import Model, build
 from trainers.param_groups import classify
 from trainers.train import _optimizers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALONE = Group(0, 1, torch.device("cpu"))
 MICRO = 4
 SHAPE = {"n_layer": 3, "n_head": 4, "d_model": 64, "context": 128, "vocab_size": 300}
@@ -28,15 +30,6 @@ XL = {
     "assignment": {"attn": "stiefel", "mlp": "dgram"},
     "optimizer": {"muon": {"solver": "projected", "retraction": "column_norm"}},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two that spin are slower than one where others use the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run_of(precision: str = "float32", checkpointing: bool = False, **model: Any) -> RunConfig:

@@ -26,6 +26,7 @@ from trainers import corpus, records
 from trainers.batches import Batches
 from trainers.config import RunConfig
 from trainers.manifest import verify
+from trainers.shards import write_shard
 from trainers.train import train
 
 STEPS, EVERY = 14, 3  # saves after 3, 6, 9, 12 and 14 steps
@@ -157,8 +158,8 @@ def outcome(run_dir: Path) -> dict[str, Any]:
 def run(tmp_path_factory) -> RunConfig:
     folder = tmp_path_factory.mktemp("shards")
     walk = np.cumsum(np.random.default_rng(0).integers(-2, 3, 30_000)) % 64
-    corpus.write_shard(folder / "train.bin", walk[:25_000].astype(np.uint16))
-    corpus.write_shard(folder / "val.bin", walk[25_000:].astype(np.uint16))
+    write_shard(folder / "train.bin", walk[:25_000].astype(np.uint16))
+    write_shard(folder / "val.bin", walk[25_000:].astype(np.uint16))
     config = RunConfig.model_validate(
         {
             "arm": "hetero",

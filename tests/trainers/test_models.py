@@ -18,6 +18,8 @@ from trainers.models.attention import rotate
 from trainers.models.decoder import Decoder
 from trainers.param_groups import classify
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {"n_layer": 2, "n_head": 2, "d_model": 16, "context": 8, "vocab_size": 256}
 VARIANTS = [
     {"family": family, "attention": attention, "qk_norm": qk_norm}
@@ -25,15 +27,6 @@ VARIANTS = [
     for attention in ("softmax", "sigmoid", "relu")
     for qk_norm in (False, True)
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two that spin are slower than one where others use the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def model_of(**fields: object) -> torch.nn.Module:

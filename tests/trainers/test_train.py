@@ -20,6 +20,7 @@ from trainers.config import RunConfig, run_id
 from trainers.distributed import Group
 from trainers.manifest import CorruptError, verify
 from trainers.records import PartReader, latest, read_part
+from trainers.shards import write_shard
 from trainers.train import EXIT_STOPPED, _batch_shape, train
 
 CPU = torch.device("cpu")
@@ -30,8 +31,8 @@ def shards(tmp_path_factory):
     """A corpus with structure to learn: a random walk over 64 symbols."""
     folder = tmp_path_factory.mktemp("shards")
     walk = np.cumsum(np.random.default_rng(0).integers(-2, 3, 60_000)) % 64
-    corpus.write_shard(folder / "train.bin", walk[:50_000].astype(np.uint16))
-    corpus.write_shard(folder / "val.bin", walk[50_000:].astype(np.uint16))
+    write_shard(folder / "train.bin", walk[:50_000].astype(np.uint16))
+    write_shard(folder / "val.bin", walk[50_000:].astype(np.uint16))
     return folder
 
 
@@ -291,6 +292,20 @@ def test_dropout_runs_resume_with_their_own_noise(shards, tmp_path):
     train(run, tmp_path / "cut", on_record=seen.append, should_stop=lambda: _steps(seen) >= stop_at)
     train(run, tmp_path / "cut")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_manifolds_under_adamw_resume_bit_for_bit(shards, tmp_path):
+    modules = {
+        kind: {"optimizer": "adamw", "manifold": m} for kind, m in (("attn", "stiefel"), ("mlp", "dgram"))
+    }
+    run = config(shards, assignment=modules)
+    train(run, tmp_path / "whole")
+    seen = []
+    train(run, tmp_path / "cut", on_record=seen.append, should_stop=lambda: _steps(seen) >= 5)
+    train(run, tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
 def _steps(seen: list[records.Record]) -> int:
