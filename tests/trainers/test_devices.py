@@ -15,7 +15,7 @@ from trainers.devices import peak, peak_memory
 from trainers.distributed import Group
 from trainers.errors import InputError
 from trainers.prefetch import Prefetch
-from trainers.shards import write_shard
+from trainers.shards import HEADER_BYTES, write_shard
 
 CPU = torch.device("cpu")
 
@@ -103,8 +103,12 @@ def test_the_next_rows_are_read_by_a_thread_and_nothing_after_the_last(batches, 
 
 
 def test_an_error_of_the_reader_is_raised_where_its_rows_are_wanted(tmp_path):
-    write_shard(tmp_path / "train.bin", np.full(5_000, 300, np.uint16))
-    prefetch = Prefetch(Batches([tmp_path / "train.bin"], 16, 256), 1337, 8, Group(0, 1, CPU))
+    path = tmp_path / "train.bin"
+    write_shard(path, np.zeros(5_000, np.uint16))
+    prefetch = Prefetch(Batches([path], 16, 256), 1337, 8, Group(0, 1, CPU))
+    with path.open("r+b") as file:  # after it was checked
+        file.seek(HEADER_BYTES)
+        file.write(np.full(5_000, 300, np.uint16).tobytes())
     for step in range(2):
         with pytest.raises(InputError, match=r"train.bin.*300.*256"):
             prefetch.rows(step)
