@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from analysis import figures, hypotheses, tables, theme
+from analysis import figures, hypotheses, survival, tables, theme
 from analysis.load import Frames
 from trainers.records import FINISHED
 
@@ -36,6 +36,7 @@ def write_report(frames: Frames, out_dir: Path) -> Path:
     (out_dir / "figures").mkdir(exist_ok=True)
     table = tables.t1(frames)
     _write_table(out_dir, "t1", table)
+    stability = _stability(frames, out_dir)
     drawn = [
         _drawn(out_dir, "f1", figures.f1(frames), figures.f1_caption(frames)),
         _drawn(out_dir, "f2", figures.f2(frames), figures.f2_caption(frames)),
@@ -43,8 +44,18 @@ def write_report(frames: Frames, out_dir: Path) -> Path:
     _write_figure(out_dir, "overview", figures.overview(frames))
     modular = _modular(frames, out_dir) if hypotheses.applies(frames) else None
     page = out_dir / "index.html"
-    page.write_text(_render(frames, table, drawn, modular), encoding="utf-8", newline="")
+    page.write_text(_render(frames, table, stability, drawn, modular), encoding="utf-8", newline="")
     return page
+
+
+def _stability(frames: Frames, out_dir: Path) -> dict[str, Any]:
+    """The files about divergence, and what the page shows of them."""
+    rules, compared = tables.t4(frames), survival.comparisons(frames)
+    _write_table(out_dir, "t4", rules)
+    _write_table(out_dir, "divergence", survival.times(frames))
+    _write_table(out_dir, "survival", survival.curves(frames))
+    _write_table(out_dir, "log_rank", compared)
+    return {"t4": tables.t4_text(frames, rules), "log_rank": tables.log_rank_text(compared)}
 
 
 def _modular(frames: Frames, out_dir: Path) -> dict[str, Any]:
@@ -152,7 +163,11 @@ def _count(n: int, noun: str) -> str:
 
 
 def _render(
-    frames: Frames, table: pd.DataFrame, drawn: list[dict[str, Any]], modular: dict[str, Any] | None
+    frames: Frames,
+    table: pd.DataFrame,
+    stability: dict[str, Any],
+    drawn: list[dict[str, Any]],
+    modular: dict[str, Any] | None,
 ) -> str:
     source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     style = re.search(r"<style>(.*?)</style>", source, re.DOTALL)
@@ -166,6 +181,7 @@ def _render(
         frames=frames,
         summary=summary(frames, table),
         t1=tables.t1_text(frames, table),
+        **stability,
         figures=drawn,
         modular=modular,
         runs=_run_rows(frames),

@@ -1,4 +1,4 @@
-"""Tables as functions of frames: numbers first (`t1`, `modular`), then the same as text and as CSV."""
+"""Tables as functions of frames: numbers first (`t1`, `t4`, `modular`), then the same as text and as CSV."""
 
 from __future__ import annotations
 
@@ -13,12 +13,25 @@ import numpy as np
 import pandas as pd
 
 from analysis.load import Frames
-from analysis.stats import Interval, clopper_pearson, paired_t
+from analysis.stats import (
+    SIGN_FLIP_LEAST,
+    SIGN_FLIP_MOST,
+    Interval,
+    clopper_pearson,
+    holm,
+    median,
+    paired_t,
+    paired_t_p,
+    ranks,
+    sign_flip,
+)
 from trainers.records import FINISHED
 
 REFERENCES = ("unconstrained", "all_stiefel")
 PREDECLARED = (("hetero", "all_stiefel"), ("hetero", "unconstrained"))
 """The contrasts named before any run; every other difference is exploratory."""
+PRIMARY = "primary"
+EXPLORATORY = "exploratory"
 
 PUBLISHED = {
     "unconstrained": "3.3855",
@@ -37,7 +50,9 @@ def t1(frames: Frames) -> pd.DataFrame:
     Losses are in nats per token. A run that finished without a finite loss at its horizon counts
     as +inf in `final_median` and in `rank`. `stable_mean` is conditional: over stable runs alone.
     `minus_<arm>` is the mean of the seed-paired differences of finite final losses, with its 95%
-    t interval and number of pairs.
+    t interval, number of pairs and two-sided p of the t test (`_p`) and of the exact sign-flip test
+    (`_sign_p`, up to 20 pairs). `_role` is primary for the predeclared contrasts and exploratory for the
+    others; `_holm` adjusts `_p` over the primary ones of the table, those without data yet among them.
     """
     rows = []
     references = [arm for arm in REFERENCES if arm in set(frames.runs["arm"])]
@@ -52,8 +67,9 @@ def t1(frames: Frames) -> pd.DataFrame:
         if published:
             row["published"] = PUBLISHED.get(row["arm"], "")
         rows.append(row)
+    _adjust(rows, references)
     table = pd.DataFrame(rows)
-    table["rank"] = table["final_median"].rank(method="min").astype("Int64")
+    table["rank"] = pd.array(ranks(table["final_median"].tolist()), dtype="Int64")
     return table
 
 
@@ -80,7 +96,7 @@ def _losses(frames: Frames, runs: pd.DataFrame) -> dict[str, Any]:
         "n_diverged": len(final) - len(whole),
         "final_mean": float(final.mean()) if len(final) else math.nan,
         "final_sd": float(final.std()) if len(whole) == len(final) > 1 else math.nan,
-        "final_median": float(final.median()) if len(final) else math.nan,
+        "final_median": median(final.tolist()),
         "best_median": float(finished["best_val_loss"].median()),
         "stable_mean": float(stable.mean()),
         "n_stable": len(stable),
@@ -89,22 +105,45 @@ def _losses(frames: Frames, runs: pd.DataFrame) -> dict[str, Any]:
 
 def paired(frames: Frames, runs: pd.DataFrame, reference: str) -> Interval:
     """`runs` minus the runs of arm `reference` with the same seed, grid and axis cell."""
+    return paired_t(_differences(frames, runs, reference))
+
+
+def _differences(frames: Frames, runs: pd.DataFrame, reference: str) -> list[float]:
     others = frames.runs[frames.runs["arm"] == reference]
     pairs = runs.merge(others, on=["family", "seed"], suffixes=("", "_reference"))
     differences = pairs["final_val_loss"] - pairs["final_val_loss_reference"]
-    return paired_t([d for d in differences.tolist() if math.isfinite(d)])
+    return [d for d in differences.tolist() if math.isfinite(d)]
 
 
 def _difference(frames: Frames, runs: pd.DataFrame, reference: str) -> dict[str, Any]:
     name = f"minus_{reference}"
     arm = str(runs["arm"].iloc[0])
-    found = paired(frames, runs, reference) if arm != reference else Interval(math.nan, math.nan, math.nan, 0)
+    differences = _differences(frames, runs, reference) if arm != reference else []
+    found = paired_t(differences)
+    role = PRIMARY if (arm, reference) in PREDECLARED else EXPLORATORY
     return {
         name: found.estimate,
         f"{name}_low": found.low,
         f"{name}_high": found.high,
         f"{name}_pairs": found.n,
+        f"{name}_role": role if arm != reference else "",
+        f"{name}_p": paired_t_p(differences),
+        f"{name}_holm": math.nan,
+        f"{name}_sign_p": sign_flip(differences) if found.n <= SIGN_FLIP_MOST else math.nan,
     }
+
+
+def _adjust(rows: Sequence[dict[str, Any]], references: Sequence[str]) -> None:
+    """Holm over the primary contrasts of all rows."""
+    primary = [
+        (row, f"minus_{reference}")
+        for row in rows
+        for reference in references
+        if row[f"minus_{reference}_role"] == PRIMARY
+    ]
+    adjusted = holm([row[f"{name}_p"] for row, name in primary])
+    for (row, name), p in zip(primary, adjusted, strict=True):
+        row[f"{name}_holm"] = p
 
 
 def _stability(runs: pd.DataFrame) -> dict[str, Any]:
@@ -148,7 +187,8 @@ def t1_text(frames: Frames, table: pd.DataFrame, *, compact: bool = False) -> Te
     ]
     columns = tuple(rows[0]) if rows else ()
     words = tuple(column in ("arm", "attention", "MLP", *frames.axes) for column in columns)
-    return Text(columns, tuple(tuple(row.values()) for row in rows), words, _t1_notes(table, references))
+    notes = _t1_notes(table, references, compact=compact)
+    return Text(columns, tuple(tuple(row.values()) for row in rows), words, notes)
 
 
 def _t1_row(
@@ -164,6 +204,8 @@ def _t1_row(
     for reference in references:
         mark = "*" if (row["arm"], reference) in PREDECLARED else ""
         cells[f"− {reference}"] = _interval(row, f"minus_{reference}", mark)
+        if not compact:
+            cells |= _p_values(row, reference)
     cells["unstable"] = _share(row, bounds=not compact)
     cells["attention σ_max"] = three_digits(row["attn_sigma_max"])
     cells["rank"] = "–" if pd.isna(row["rank"]) else str(row["rank"])
@@ -177,7 +219,18 @@ def _t1_row(
     return cells
 
 
-def _t1_notes(table: pd.DataFrame, references: Sequence[str]) -> tuple[str, ...]:
+def _p_values(row: Mapping[Any, Any], reference: str) -> dict[str, str]:
+    name = f"minus_{reference}"
+    adjusted = _p(row[f"{name}_holm"]) if row[f"{name}_role"] == PRIMARY else row[f"{name}_role"] or "–"
+    flipped = _p(row[f"{name}_sign_p"]) if row[f"{name}_pairs"] >= SIGN_FLIP_LEAST else "–"
+    return {f"Holm p, − {reference}": adjusted, f"sign-flip p, − {reference}": flipped}
+
+
+def _p(value: float) -> str:
+    return "< .0001" if value < 0.0001 else _number(value, ".4f")
+
+
+def _t1_notes(table: pd.DataFrame, references: Sequence[str], *, compact: bool) -> tuple[str, ...]:
     notes = [
         "Losses: validation, nats per token. runs: finished / planned. σ_max: at the end, median over runs."
     ]
@@ -186,12 +239,99 @@ def _t1_notes(table: pd.DataFrame, references: Sequence[str]) -> tuple[str, ...]
             "− arm: mean difference of final losses, paired by seed, with its 95% t interval (n pairs with "
             "finite losses), not adjusted for the number of comparisons. * predeclared; others exploratory."
         )
+    if references and not compact:
+        notes.append(
+            "Holm p: of the paired t test, adjusted over the predeclared contrasts of this table, which are "
+            "primary. sign-flip p: exact, over all 2ⁿ signs of the differences, not adjusted; – below "
+            f"{SIGN_FLIP_LEAST} pairs, where it cannot reach .05, and above {SIGN_FLIP_MOST}."
+        )
     notes.append("unstable: k of n finished runs, with the 95% Clopper–Pearson interval of the share.")
     if (table["n_diverged"] > 0).any():
         notes.append("diverged: no finite loss at the horizon; counts as +∞ in median and rank.")
     if "published" in table:
         notes.append("published: Table 1 of arXiv 2606.13276, one run per arm.")
     return tuple(notes)
+
+
+_T4 = {
+    "label": "string",
+    "seed": "int64",
+    "run_id": "string",
+    "status": "string",
+    "rule": "string",
+    "last_good": "Int64",
+    "first_bad": "Int64",
+    "value": "float64",
+    "threshold": "float64",
+    "earliest": "bool",
+}
+
+
+def t4(frames: Frames) -> pd.DataFrame:
+    """T4: which rule fired when, a row for each rule that fired in a run, in the order of the grid.
+
+    `value` crossed `threshold` (nats per token) in `(last_good, first_bad]`; no `last_good` where no
+    evaluation came before. `earliest`: the rule dates the run's verdict. Runs under way are listed too.
+    """
+    rows = [
+        {name: run[name] for name in ("label", "seed", "run_id", "status")}
+        | {"rule": rule.rule, "last_good": rule.last_good, "first_bad": rule.step}
+        | {"value": rule.value, "threshold": rule.threshold, "earliest": rule.step == verdict.first_bad}
+        for run in frames.runs.drop_duplicates("run_id").to_dict("records")
+        if (verdict := frames.verdicts.get(run["run_id"])) is not None
+        for rule in sorted(verdict.rules, key=lambda fired: fired.step)
+    ]
+    return pd.DataFrame(rows, columns=list(_T4)).astype(_T4)
+
+
+def t4_text(frames: Frames, table: pd.DataFrame) -> Text:
+    """The same, with the number of runs in which no rule fired."""
+    columns = ("arm", "seed", "run", "status", "rule", "last good", "first bad", "value", "threshold")
+    rows = tuple(
+        (
+            *(row["label"], str(row["seed"]), row["run_id"], row["status"]),
+            row["rule"] + "*" * row["earliest"],
+            "start" if pd.isna(row["last_good"]) else str(row["last_good"]),
+            str(row["first_bad"]),
+            *(
+                _number(row[name], ".4f") if math.isfinite(row[name]) else "–"
+                for name in ("value", "threshold")
+            ),
+        )
+        for row in table.to_dict("records")
+    )
+    words = tuple(column in ("arm", "run", "status", "rule") for column in columns)
+    judged, fired = len(frames.verdicts), table["run_id"].nunique()
+    notes = (
+        f"A rule fired in {fired} of {judged} judged runs. value: validation loss, nats per token, of drift "
+        "its mean at the end. The evaluation at last good kept the rule, that at first bad broke it. "
+        "* earliest of its run. Drift and recovery are judged at the end of a run.",
+    )
+    return Text(columns, rows, words, notes)
+
+
+def log_rank_text(table: pd.DataFrame) -> Text:
+    """The comparisons of `survival.comparisons` in which a run diverged."""
+    columns = ("arm", "other arm", "diverged", "diverged, other", "expected", "log-rank p", "Holm p")
+    told = table[table["events"] + table["events_other"] > 0]
+    rows = tuple(
+        (
+            *(row["label"], row["other"]),
+            f"{row['events']}/{row['n']}",
+            f"{row['events_other']}/{row['n_other']}",
+            f"{row['expected']:.2f}",
+            _p(row["p"]) + ("" if row["exact"] else f" [{_p(row['p_low'])}, {_p(row['p_high'])}]"),
+            _p(row["holm"]),
+        )
+        for row in told.to_dict("records")
+    )
+    notes = (
+        "Exploratory: time to divergence, every two arms of a cell. Left out, but counted by Holm, where no "
+        f"run diverged: {len(table) - len(told)}. diverged: runs with an event, of all that were watched. "
+        "expected: events in the arm, were both alike. p: share of the assignments of these runs to the two "
+        "arms that are as far from it, with its 95% interval where they were drawn.",
+    )
+    return Text(columns, rows, (True, True, *(False,) * 5), notes)
 
 
 def modular(frames: Frames) -> pd.DataFrame:

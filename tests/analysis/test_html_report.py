@@ -40,7 +40,8 @@ def test_the_report_and_its_files_are_written(report):
     page, _ = report
     names = {path.relative_to(page.parent).as_posix() for path in page.parent.rglob("*") if path.is_file()}
     figures = {f"figures/{name}.{kind}" for name in ("f1", "f2", "overview") for kind in ("svg", "png")}
-    assert names == {"index.html", "tables/t1.csv", *figures}
+    tables = {f"tables/{name}.csv" for name in ("t1", "t4", "divergence", "survival", "log_rank")}
+    assert names == {"index.html", *tables, *figures}
     links = {attrs["href"] for tag, attrs in Page(page.read_text()).tags if tag == "a"}
     assert links <= names
 
