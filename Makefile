@@ -11,8 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 quickstart: $(VENV)/.run  ## five assignments, two seeds, a report: minutes on a laptop
 	@$(BIN)/python -m mmsweep.launch mmsweep/grids/quickstart.yaml --store $(STORE) --open
 
-test: $(VENV)/.dev  ## every test that needs no GPU
-	@$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## every test that needs no GPU, on two cores
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev  ## style and types
 	@$(BIN)/ruff check .

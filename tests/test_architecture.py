@@ -15,12 +15,12 @@ from mmsweep.grid import Grid, load_grid
 
 ROOT = Path(__file__).parents[1]
 
-# Modules, and what none of them may load. `mmsweep.report` calls analysis inside its main alone.
+# Modules, and what none of them may load. `mmsweep.report` and `mmsweep.plan` call analysis inside functions.
 RULES = {
     "trainers": ("trainers", {"ray", "boto3", "pandas", "pyarrow", "mmsweep", "analysis"}),
     "planning": (
         "trainers.config trainers.iterations trainers.yamlfile trainers.flops trainers.stability "
-        "mmsweep.grid",
+        "mmsweep.grid mmsweep.plan",
         {"torch"},
     ),
     "mmsweep": ("mmsweep", {"ray", "boto3", "analysis", "pandas", "torch"}),

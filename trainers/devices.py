@@ -5,8 +5,10 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # plans need the table alone
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,7 @@ class Peak:
     source: str
 
 
-_PEAKS = {
+PEAKS = {
     "H200": Peak(989e12, 67e12, "NVIDIA H200 data sheet"),
     "H100 PCIe": Peak(756e12, 51e12, "NVIDIA H100 data sheet"),
     "H100 NVL": Peak(835e12, 60e12, "NVIDIA H100 NVL data sheet"),
@@ -41,18 +43,22 @@ def peak(device_name: str) -> Peak | None:
     words = device_name.replace("-", " ").split()
     fitting = [
         name
-        for name in _PEAKS
+        for name in PEAKS
         if any(words[i : i + len(name.split())] == name.split() for i in range(len(words)))
     ]
-    return _PEAKS[max(fitting, key=len)] if fitting else None
+    return PEAKS[max(fitting, key=len)] if fitting else None
 
 
 def device_name(device: torch.device) -> str:
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def peak_memory(device: torch.device) -> int:
     """Most bytes this process has held: of the GPU's memory, or of the machine's."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,415 @@
+"""`mmsweep store ls|verify|gc STORE`: what a store holds, whether it reads, and what it can lose.
+
+    ls      runs, attempts, bytes by kind
+    verify  read everything again: digests of checkpoints, every line and row of records, every JSON object
+    gc      what can go; `--delete` lets it go
+
+None of them changes an object that a run still needs, and none touches what mmsweep did not write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from mmsweep.contents import (
+    CHECKPOINT_FILE,
+    COLUMNS,
+    QUARANTINED_FILE,
+    Contents,
+    Entry,
+    Held,
+    contents,
+    held_by,
+    kind_in_run,
+    size,
+    store_time,
+)
+from mmsweep.objects import DamagedError, NotFound, ObjectStore, StoreError
+from mmsweep.rows import from_parquet, to_parquet
+from mmsweep.status import standing
+from mmsweep.store import QUARANTINE, RunStore, open_store
+from trainers.errors import InputError
+from trainers.manifest import CorruptError, parse_manifest, verify
+from trainers.records import CHECKPOINTS, CONFIG, KINDS, MANIFEST, PART, SUMMARY, parse_part, part_name
+from trainers.yamlfile import printable
+
+LIVE_S = 600.0
+"""An unfinished run into which anything was written so recently may be training: gc leaves it alone."""
+ABANDONED_S = 86_400.0
+"""A checkpoint without a manifest is on its way until nothing was added to it for so long."""
+KEEP = 2
+"""Checkpoints kept of a finished run: as many as a launch keeps."""
+_THREADS = 4
+"""Runs looked at together: a checkpoint of each may be on this machine's disk at one time."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0: done, and all is whole; 1: `verify` found damage; 2: bad input or no store."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        return status
+    except (InputError, StoreError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmsweep store", description="What a store holds, whether it reads, and what it can lose."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    listing = commands.add_parser("ls", help="runs, attempts, bytes by kind")
+    listing.set_defaults(run=_ls)
+    check = commands.add_parser("verify", help="read every object again; a line for each problem")
+    check.set_defaults(run=_verify)
+    collect = commands.add_parser("gc", help="print what no run needs any more, and its bytes")
+    collect.add_argument("--delete", action="store_true", help="delete it")
+    collect.add_argument(
+        "--keep", type=int, default=KEEP, help=f"checkpoints to keep of a finished run (default: {KEEP})"
+    )
+    collect.set_defaults(run=_gc)
+    for command in (listing, check, collect):
+        command.add_argument("store", help='folder or "s3://bucket/prefix"')
+    return parser
+
+
+def _opened(url: str) -> tuple[RunStore, Contents]:
+    store = open_store(url)
+    found = contents(store)
+    if not found.grids and not found.runs:
+        raise InputError(f"{store.url} holds no grid and no run; is this the store of a launch?")
+    return store, found
+
+
+# --- ls ------------------------------------------------------------------------------------------
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    store, found = _opened(arguments.store)
+    states = {row["run_id"]: row for row in standing(store)}
+    table = Table(box=None, pad_edge=False)
+    for name in ("run", "status"):
+        table.add_column(name, no_wrap=True)
+    for name in ("attempts", "objects", *COLUMNS, "bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    total = dict.fromkeys(COLUMNS, 0)
+    for run_id in [*states, *sorted(set(found.runs) - set(states))]:
+        held = found.runs.get(run_id, {})
+        parts = dict.fromkeys(COLUMNS, 0)
+        for name, entry in held.items():
+            parts[str(kind_in_run(name))] += entry.bytes
+        total = {kind: total[kind] + parts[kind] for kind in COLUMNS}
+        state = states.get(run_id, {})
+        amounts = [size(parts[kind]) if parts[kind] else "–" for kind in COLUMNS]
+        table.add_row(
+            run_id, str(state.get("status", "–")), str(_attempts(held, state) or "–"), str(len(held)),
+            *amounts, size(sum(parts.values())),
+        )  # fmt: skip
+    # Names come from the store: no markup in them.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+    with console.capture() as text:  # rich would answer a closed pipe in its own way
+        console.print(table)
+    print(text.get(), end="")
+    by_kind = ", ".join(f"{kind} {size(amount)}" for kind, amount in total.items() if amount)
+    amount = size(sum(total.values()))
+    print(f"{store.url}: {len(found.grids)} grids, {len(found.runs)} runs, {amount} ({by_kind})")
+    _name_foreign(found)
+    return 0
+
+
+def _attempts(held: Held, state: dict[str, object]) -> int:
+    """Parts tell of attempts until they are compacted, the status after that."""
+    numbers = [int(match[1]) for name in held if (match := PART.fullmatch(name))]
+    said = state.get("attempt")
+    return max([*numbers, said if isinstance(said, int) else 0])
+
+
+def _name_foreign(found: Contents) -> None:
+    for entry in found.foreign:
+        print(f"left alone: {printable(entry.key)} ({size(entry.bytes)}) was not written by mmsweep")
+
+
+# --- verify --------------------------------------------------------------------------------------
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    store, found = _opened(arguments.store)
+    problems = 0
+    for line in problems_of(store, found):
+        problems += 1
+        print(printable(line), flush=True)
+    _name_foreign(found)
+    objects = sum(map(len, found.runs.values()))
+    print(
+        f"{store.url}: {len(found.grids)} grids and {len(found.runs)} runs with {objects} objects read, "
+        + (f"{problems} problem{'s' if problems > 1 else ''}" if problems else "all whole")
+    )
+    return 1 if problems else 0
+
+
+def problems_of(store: RunStore, found: Contents) -> Iterator[str]:
+    """Read every object; one line for each that is not what it should be.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    for grid in found.grids:
+        yield from _said(store.grid_index, grid)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        each = pool.map(lambda run_id: [*_run_problems(store, run_id, found.runs[run_id])], found.runs)
+        for lines in each:
+            yield from lines
+
+
+def _said(read: Callable[[str], object], name: str) -> Iterator[str]:
+    """The error of a damaged object. One that is gone was deleted since the listing."""
+    try:
+        read(name)
+    except NotFound:
+        return
+    except DamagedError as error:
+        yield str(error)
+
+
+def _run_problems(store: RunStore, run_id: str, names: Held) -> Iterator[str]:
+    for read in (store.config, store.status, store.summary):
+        yield from _said(read, run_id)
+    if SUMMARY in names and CONFIG not in names:
+        yield f"{store.url}/runs/{run_id}: finished, and its {CONFIG} is missing"
+    for kind in KINDS:
+        broken = [
+            line
+            for name in names
+            if (match := PART.fullmatch(name)) and match[2] == kind
+            for line in _part_problems(store, run_id, name, int(match[1]), kind)
+        ]
+        yield from [*broken, *_gaps(store, run_id, kind, names)]
+        yield from _table_problems(store, run_id, kind, names, parts_are_whole=not broken)
+    for name in names:
+        if (match := CHECKPOINT_FILE.fullmatch(name)) and name.endswith(f"/{MANIFEST}"):
+            yield from _checkpoint_problems(store.objects, f"runs/{run_id}/{CHECKPOINTS}/{match[1]}")
+
+
+def _part_problems(store: RunStore, run_id: str, name: str, attempt: int, kind: str) -> Iterator[str]:
+    key = f"runs/{run_id}/{name}"
+    try:
+        data = store.objects.get(key)
+    except NotFound:  # compacted since it was listed
+        return
+    try:
+        for number, record in enumerate(parse_part(data, name=f"{store.url}/{key}"), start=1):
+            if (record.run, record.attempt, record.kind) != (run_id, attempt, kind):
+                yield f"{store.url}/{key}:{number}: a record of another run, attempt or kind"
+                return
+    except ValueError as error:
+        yield str(error)
+        return
+    if data and not data.endswith(b"\n"):  # parts are closed after a whole line
+        yield f"{store.url}/{key}: cut short after {len(data)} bytes"
+
+
+def _gaps(store: RunStore, run_id: str, kind: str, names: Held) -> Iterator[str]:
+    """Parts are numbered from 0 and arrive in order. Beside a table of their kind some may be gone."""
+    if f"{kind}.parquet" in names:
+        return
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        if (match := PART.fullmatch(name)) and match[2] == kind:
+            numbers.setdefault(match[1], set()).add(int(match[3]))
+    for attempt, seen in numbers.items():
+        missing = sorted(set(range(max(seen))) - seen)
+        if missing:
+            yield f"{store.url}/runs/{run_id}/attempt-{attempt}/{part_name(kind, missing[0])}: missing"
+
+
+def _table_problems(
+    store: RunStore, run_id: str, kind: str, names: Held, *, parts_are_whole: bool
+) -> Iterator[str]:
+    """The table of a kind is readable and, once the run is finished, holds the rows its summary counts."""
+    try:
+        counted = (store.summary(run_id) or {}).get("rows") or {}
+    except DamagedError:
+        counted = {}  # said already
+    if f"{kind}.parquet" not in names and kind not in counted:
+        return
+    try:
+        rows = store.table(run_id, kind).num_rows
+    except DamagedError as error:
+        if parts_are_whole or f"{kind}.parquet" in str(error):  # else said already
+            yield str(error)
+        return
+    if parts_are_whole and counted and rows != counted.get(kind, 0):
+        yield f"{store.url}/runs/{run_id}: {rows} rows of {kind}, its summary counts {counted.get(kind, 0)}"
+
+
+def _checkpoint_problems(objects: ObjectStore, base: str) -> Iterator[str]:
+    """Fetch a checkpoint into a folder that goes away, and compare sizes and digests."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="mmsweep-verify-") as folder:
+            target = Path(folder)
+            manifest = objects.get(f"{base}/{MANIFEST}")
+            (target / MANIFEST).write_bytes(manifest)
+            for name in parse_manifest(manifest, name=MANIFEST)["files"]:
+                objects.get_file(f"{base}/{name}", target / name)
+            facts = verify(target)
+            if facts.get("step") != int(base.rsplit("/", 1)[1]):
+                yield f"{objects.url}/{base}: its manifest is that of step {facts.get('step')}"
+    except CorruptError as error:
+        yield f"{objects.url}/{base}: {str(error).replace(f'{target}/', '')}"
+    except NotFound as error:
+        if objects.exists(f"{base}/{MANIFEST}"):  # else it was replaced by newer ones
+            yield f"{error.args[0]}: missing, and the manifest names it"
+
+
+# --- gc ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Garbage:
+    """Objects of one run that go together, and why they can."""
+
+    run_id: str
+    what: str
+    why: str
+    entries: tuple[Entry, ...]
+    """In the order in which they must go: a manifest before what it names."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.entries)
+
+
+def garbage(store: RunStore, found: Contents, *, keep: int = KEEP) -> list[Garbage]:
+    """What no run needs any more.
+
+    Nothing of an unfinished run into which anything was written in the last LIVE_S seconds.
+
+    Args:
+        keep: checkpoints that a finished run keeps.
+    """
+    now = store_time(store.objects)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        each = pool.map(
+            lambda run_id: _run_garbage(store, run_id, found.runs[run_id], now=now, keep=keep), found.runs
+        )
+        return [item for items in each for item in items]
+
+
+def _run_garbage(store: RunStore, run_id: str, names: Held, *, now: float, keep: int) -> list[Garbage]:
+    try:
+        finished = store.summary(run_id) is not None
+    except StoreError:
+        return []  # verify says so
+    if not finished and now - max(entry.modified for entry in names.values()) < LIVE_S:
+        return []
+    return [
+        *_tabled_parts(store, run_id, names),
+        *_needless_checkpoints(run_id, names, finished=finished, now=now, keep=keep),
+        *_quarantined(run_id, names),
+    ]
+
+
+def _tabled_parts(store: RunStore, run_id: str, names: Held) -> Iterator[Garbage]:
+    """Parts all of whose rows are in the table of their kind: a compaction that was killed left them."""
+    parts: dict[str, list[Entry]] = {}
+    for name, entry in names.items():
+        if (match := PART.fullmatch(name)) and f"{match[2]}.parquet" in names:
+            parts.setdefault(match[2], []).append(entry)
+    for kind, held in parts.items():
+        if _adds_nothing(store, run_id, kind):
+            yield Garbage(run_id, f"{len(held)} parts of {kind}", f"in {kind}.parquet already", tuple(held))
+
+
+def _adds_nothing(store: RunStore, run_id: str, kind: str) -> bool:
+    """Whether the table of a kind is the same with its parts and without."""
+    try:
+        alone, alarms = from_parquet(store.objects.get(f"runs/{run_id}/{kind}.parquet"), kind)
+        merged = store._read(run_id, kind)
+    except (StoreError, NotFound, ValueError, KeyError, OSError, pa.ArrowException):
+        return False  # verify says so
+    return to_parquet(alone, alarms) == to_parquet(merged.table, merged.alarms)
+
+
+def _needless_checkpoints(
+    run_id: str, names: Held, *, finished: bool, now: float, keep: int
+) -> Iterator[Garbage]:
+    found: dict[str, list[Entry]] = {}
+    for name, entry in names.items():
+        if match := CHECKPOINT_FILE.fullmatch(name):
+            found.setdefault(match[1], []).append(entry)
+    complete = [step for step in found if f"{CHECKPOINTS}/{step}/{MANIFEST}" in names]
+    surplus = sorted(complete, key=int, reverse=True)[keep:] if finished else []
+    for step, held in sorted(found.items(), key=lambda item: int(item[0])):
+        age = now - max(entry.modified for entry in held)
+        held = sorted(held, key=lambda entry: not entry.key.endswith(f"/{MANIFEST}"))
+        if step in surplus:
+            why = f"the run is finished, and {keep} newer are kept" if keep else "the run is finished"
+            yield Garbage(run_id, f"checkpoint {step}", why, tuple(held))
+        elif step not in complete and age > ABANDONED_S:
+            why = f"without a manifest for {age / 3600:.0f} hours"
+            yield Garbage(run_id, f"checkpoint {step}", why, tuple(held))
+
+
+def _quarantined(run_id: str, names: Held) -> Iterator[Garbage]:
+    found: dict[str, list[Entry]] = {}
+    for name, entry in names.items():
+        if match := QUARANTINED_FILE.fullmatch(name):
+            found.setdefault(match[1], []).append(entry)
+    for name, held in found.items():
+        yield Garbage(run_id, f"{QUARANTINE}/{name}", "did not match its digests", tuple(held))
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    if arguments.keep < 0:
+        raise InputError(f"--keep {arguments.keep}: 0 or more")
+    store, found = _opened(arguments.store)
+    items = garbage(store, found, keep=arguments.keep)
+    for item in items:
+        print(f"{item.run_id}: {item.what}: {item.why} ({size(item.bytes)})")
+    _name_foreign(found)
+    count, total = sum(len(item.entries) for item in items), sum(item.bytes for item in items)
+    if not items:
+        print(f"{store.url}: nothing to delete")
+    elif not arguments.delete:
+        print(f"{count} objects, {size(total)}; --delete deletes them")
+    else:
+        gone = delete(store, items, keep=arguments.keep)
+        print(f"{len(gone)} objects deleted, {size(sum(entry.bytes for entry in gone))}")
+    return 0
+
+
+def delete(store: RunStore, items: list[Garbage], *, keep: int = KEEP) -> list[Entry]:
+    """Delete what of `items` is still not needed just before; returns what went.
+
+    A run may have been taken up since it was looked at.
+    """
+    gone: list[Entry] = []
+    now = store_time(store.objects)
+    for run_id in dict.fromkeys(item.run_id for item in items):
+        names = held_by(store, run_id)
+        if not names:
+            continue
+        wanted = {entry for item in items if item.run_id == run_id for entry in item.entries}
+        for item in _run_garbage(store, run_id, names, now=now, keep=keep):
+            for entry in item.entries:
+                if entry in wanted:
+                    store.objects.delete(entry.key)
+                    gone.append(entry)
+    return gone
+
+
+if __name__ == "__main__":
+    from mmsweep.__main__ import quietly
+
+    sys.exit(quietly(main))
