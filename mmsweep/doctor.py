@@ -1,0 +1,547 @@
+"""`python -m mmsweep.doctor`: is this machine, this store, this cluster fit for a sweep?
+
+Every finding is one line: ok, warning or problem, what was seen, and for the last two what to do.
+Nothing is assumed that can be tried: workers exchange a number, files and objects are written,
+read and removed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from mmsweep.cluster import connect, usable_cpus
+from mmsweep.objects import DirectoryStore, NotFound, ObjectStore, StoreError
+from mmsweep.store import open_store
+from trainers.corpus import cache_root
+from trainers.errors import InputError
+from trainers.yamlfile import printable
+
+Level = Literal["ok", "warning", "problem"]
+
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+OLDEST_PYTHON = (3, 11)
+RANKS = 2
+RANKS_TIMEOUT_S = 180.0
+NODE_TIMEOUT_S = 60.0
+PROBE_BYTES = 32 * 2**20
+"""Written and synced to time a disk: enough that a cache in the disk itself does not hide it."""
+SLOW_DISK = 50e6
+"""Bytes a second; a checkpoint of GPT-2 small with its optimizer is about 1.5 GB."""
+LITTLE_SPACE, NO_SPACE = 20 * 2**30, 2**30
+"""Tokens of OpenWebText take 18 GB; less than the second has no room for one checkpoint."""
+CLOCK_WARNING_S, CLOCK_PROBLEM_S = 30.0, 600.0
+"""S3 refuses requests signed more than 15 minutes off."""
+PROBES = ".doctor"
+"""Folder of the store where objects are tried; nothing stays there."""
+NOT_NEEDED = "nothing to do: no sweep depends on it"
+STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    level: Level
+    subject: str
+    what: str
+    fix: str = ""
+
+    def line(self) -> str:
+        what = f"{self.what}; {self.fix}" if self.fix else self.what
+        return f"{self.level:8} {self.subject:8} {printable(' '.join(what.split()))}"
+
+
+Findings = Iterator[Finding]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the findings. Exit status 0: no problem; 1: problems; 2: bad arguments."""
+    arguments = _parser().parse_args(argv)
+    checks: list[tuple[str, Callable[[], Findings]]] = [
+        ("python", check_python),
+        ("packages", check_packages),
+        ("devices", check_devices),
+        ("workers", check_workers),
+        ("disk", check_disks),
+    ]
+    try:
+        if arguments.store is not None:
+            objects = open_store(arguments.store).objects
+            checks.append(("store", lambda: check_store(objects)))
+    except (InputError, StoreError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if arguments.address is not None:
+        checks.append(("cluster", lambda: check_cluster(arguments.address)))
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    problems = warnings = 0
+    for subject, check in checks:
+        for finding in _guarded(subject, check):
+            console.print(finding.line(), style=STYLES[finding.level] if finding.level != "ok" else None)
+            problems += finding.level == "problem"
+            warnings += finding.level == "warning"
+    console.print(f"{_count(problems, 'problem')}, {_count(warnings, 'warning')}")
+    return 1 if problems else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmsweep doctor", description="Check this machine, a store and a cluster, and say what to mend."
+    )
+    parser.add_argument("--store", help='folder or "s3://bucket/prefix" to try reading and writing in')
+    parser.add_argument("--address", help='Ray cluster to look at: "auto" or host:port')
+    return parser
+
+
+def _guarded(subject: str, check: Callable[[], Findings]) -> Findings:
+    """The findings of a check; one that breaks is a finding, and the others go on."""
+    try:
+        yield from check()
+    except Exception as error:
+        yield Finding("problem", subject, f"this check broke: {type(error).__name__}: {error}", "report it")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
+# --- this machine --------------------------------------------------------------------------------
+
+
+def check_python() -> Findings:
+    version = platform.python_version()
+    if sys.version_info < OLDEST_PYTHON:
+        wanted = ".".join(map(str, OLDEST_PYTHON))
+        yield Finding("problem", "python", version, f"Python {wanted} or newer is needed")
+    else:
+        yield Finding("ok", "python", f"{version} on {platform.system()} {platform.machine()}")
+
+
+def check_packages(constraints: Path = CONSTRAINTS) -> Findings:
+    """Versions against what mmsweep requires, and against constraints.txt where that is there."""
+    from packaging.requirements import Requirement
+
+    try:
+        required = [Requirement(line) for line in metadata.requires("mmsweep") or ()]
+    except metadata.PackageNotFoundError:
+        yield Finding("problem", "packages", "mmsweep is not installed", "pip install -e . in its folder")
+        return
+    bad = []
+    for requirement in required:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = _version(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            bad.append(f"{requirement.name} {version or 'is missing'} (needs {requirement.specifier})")
+    if bad:
+        fix = "make .venv/.run, or pip install -c constraints.txt -e ."
+        yield Finding("problem", "packages", ", ".join(bad), fix)
+    if not constraints.is_file():
+        if not bad:
+            yield Finding("ok", "packages", f"ray {_version('ray')}, torch {_version('torch')}")
+        return
+    lines = (line.partition("#")[0].strip() for line in constraints.read_text().splitlines())
+    differing = []
+    for requirement in (Requirement(line) for line in lines if line):
+        version = _version(requirement.name)
+        if version is not None and not requirement.specifier.contains(version, prereleases=True):
+            differing.append(f"{requirement.name} {version} ({requirement.specifier})")
+    if differing:
+        what = f"other versions than the tested ones: {', '.join(differing)}"
+        yield Finding("warning", "packages", what, f"pip install -c {constraints} -e .")
+    elif not bad:
+        yield Finding(
+            "ok", "packages", f"as in {constraints.name}: ray {_version('ray')}, torch {_version('torch')}"
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_devices() -> Findings:
+    """GPUs as the driver sees them and as torch does, bfloat16, and NCCL."""
+    driver = _driver()
+    # A broken driver can end the process that asks torch about it.
+    done = _python("from mmsweep.doctor import print_torch; print_torch()", timeout=RANKS_TIMEOUT_S)
+    if done.returncode != 0:
+        yield Finding("problem", "devices", f"torch does not start: {_last(done.stderr)}", "reinstall torch")
+        return
+    seen = json.loads(done.stdout.splitlines()[-1])
+    if not seen["gpus"]:
+        if driver is None:
+            yield Finding("ok", "devices", f"no GPU; runs train on {usable_cpus()} CPU cores")
+        elif seen["cuda"] is None:
+            fix = "install a CUDA build: pip install --force-reinstall torch, from PyPI"
+            yield Finding("problem", "devices", f"{driver}, and torch is built without CUDA", fix)
+        else:
+            fix = "install a driver that is new enough for that, or unset CUDA_VISIBLE_DEVICES"
+            yield Finding("problem", "devices", f"{driver}, and torch (CUDA {seen['cuda']}) sees none", fix)
+        return
+    for name, gib, bfloat16 in seen["gpus"]:
+        what = f"{name}, {gib:.0f} GiB, CUDA {seen['cuda']}, {driver or 'no nvidia-smi'}"
+        if bfloat16:
+            yield Finding("ok", "devices", what)
+        else:
+            fix = "set precision: float32 in the grid"
+            yield Finding("warning", "devices", f"{what}: no bfloat16", fix)
+    if not seen["nccl"]:
+        fix = "install torch from PyPI; runs of several GPUs need NCCL"
+        yield Finding("problem", "devices", "torch is built without NCCL", fix)
+
+
+def print_torch() -> None:
+    """In a child process: what torch sees, as one line of JSON."""
+    import torch
+    import torch.distributed
+
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        of = torch.cuda.get_device_properties(index)
+        with torch.cuda.device(index):
+            gpus.append((of.name, of.total_memory / 2**30, torch.cuda.is_bf16_supported()))
+    nccl = torch.distributed.is_nccl_available()
+    print(json.dumps({"cuda": torch.version.cuda, "gpus": gpus, "nccl": nccl}))
+
+
+def _driver() -> str | None:
+    """`driver 550.54 with 2 GPUs` as nvidia-smi tells it, None without a driver."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    versions = done.stdout.split()
+    return f"driver {versions[0]} with {_count(len(versions), 'GPU')}" if versions else None
+
+
+def check_workers() -> Findings:
+    """Two processes sum a number, joined as the workers of a run: NCCL with a GPU for each, or gloo."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = "from mmsweep.doctor import print_sum; print_sum()"
+    begun = time.monotonic()
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            | {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )
+        for rank in range(RANKS)
+    ]
+    answers = []
+    try:
+        for worker in workers:
+            left = max(0.1, begun + RANKS_TIMEOUT_S - time.monotonic())
+            output, errors = worker.communicate(timeout=left)
+            answers.append((worker.returncode, output.strip(), _last(errors)))
+    except subprocess.TimeoutExpired:
+        fix = "check the firewall of 127.0.0.1, and NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
+        yield Finding("problem", "workers", f"{RANKS} processes did not find each other", fix)
+        return
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    bad = [error for status, _, error in answers if status != 0]
+    if bad:
+        fix = "run again with NCCL_DEBUG=INFO" if _driver() else "check that 127.0.0.1 is reachable"
+        yield Finding("problem", "workers", f"an all-reduce of {RANKS} processes failed: {bad[0]}", fix)
+        return
+    backend, total = answers[0][1].split()
+    expected = RANKS * (RANKS + 1) / 2
+    if float(total) != expected:
+        yield Finding("problem", "workers", f"{backend} sums to {total}, not {expected:g}", "reinstall torch")
+    else:
+        yield Finding("ok", "workers", f"{RANKS} processes exchange tensors through {backend}")
+
+
+def print_sum() -> None:
+    """In a child process with a rank: the back end, and the sum of 1, 2, … over the ranks."""
+    import torch
+    import torch.distributed
+
+    from trainers.distributed import join
+
+    with join("auto") as group:
+        value = torch.full((1,), float(group.rank + 1), device=group.device)
+        print(torch.distributed.get_backend(), float(group.sum_(value)))
+
+
+def _python(code: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess([], 1, "", f"no answer in {timeout:g} s")
+
+
+def _last(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+# --- disks ---------------------------------------------------------------------------------------
+
+
+def check_disks() -> Findings:
+    """Where tokens are cached and where running runs keep their files."""
+    yield from check_folder(cache_root(), "cache", "point MMSWEEP_CACHE to")
+    yield from check_folder(Path(tempfile.gettempdir()), "runs", "point TMPDIR to")
+
+
+def check_folder(folder: Path, subject: str, elsewhere: str) -> Findings:
+    """Writable, with room, and how fast; `elsewhere` begins the advice to take another folder."""
+    probe = folder / f".doctor-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        speed = _write_speed(probe, PROBE_BYTES if free > 4 * PROBE_BYTES else 4096)
+    except OSError as error:
+        what = f"{folder}: {error.strerror or error}"
+        yield Finding("problem", subject, what, f"{elsewhere} a folder that can be written")
+        return
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+    what = f"{folder}: {free / 2**30:.1f} GiB free"
+    if free < NO_SPACE:
+        yield Finding("problem", subject, what, f"make room, or {elsewhere} a larger disk")
+    elif free < LITTLE_SPACE:
+        fix = f"large corpora and checkpoints need more: make room, or {elsewhere} a larger disk"
+        yield Finding("warning", subject, what, fix)
+    elif speed is not None and speed < SLOW_DISK:
+        what = f"{folder}: writes {speed / 1e6:.0f} MB/s"
+        yield Finding("warning", subject, what, f"checkpoints will take long: {elsewhere} a local disk")
+    else:
+        yield Finding("ok", subject, what + (f", writes {speed / 1e6:.0f} MB/s" if speed else ""))
+
+
+def _write_speed(path: Path, size: int) -> float | None:
+    """Bytes a second of writing and syncing a file; None if it is too small to tell."""
+    block = os.urandom(min(size, 2**20))
+    begun = time.monotonic()
+    with path.open("xb", buffering=0) as file:
+        for _ in range(size // len(block)):
+            file.write(block)
+        os.fsync(file.fileno())
+    return size / (time.monotonic() - begun) if size == PROBE_BYTES else None
+
+
+# --- the store -----------------------------------------------------------------------------------
+
+
+def check_store(objects: ObjectStore) -> Findings:
+    """Each right that a sweep needs, tried on one object; then writes on a condition, and the clock."""
+    key = f"{PROBES}/{uuid.uuid4().hex}"
+    content = uuid.uuid4().bytes
+    try:
+        objects.put(key, content)
+    except (StoreError, NotFound) as error:
+        yield Finding("problem", "store", f"writing: {error}")
+        return
+    rights: dict[str, Callable[[], bool]] = {
+        "reading": lambda: objects.get(key) == content,
+        "listing": lambda: key in objects.list(PROBES),
+    }
+    good = ["writing"]
+    for right, works in rights.items():
+        try:
+            if works():
+                good.append(right)
+            else:
+                fix = "this is no store for a sweep: what was written must be there at once"
+                yield Finding("problem", "store", f"{objects.url}: {right}: not what was just written", fix)
+        except (StoreError, NotFound) as error:
+            yield Finding("problem", "store", f"{right}: {error}")
+    more = [
+        *_guarded("store", lambda: _conditional(objects, key)),
+        *_guarded("clock", lambda: _clock(objects, key)),
+    ]
+    try:
+        objects.delete(key)
+        if objects.exists(key):
+            fix = f"remove {PROBES}/ yourself, and give these credentials the right to delete"
+            yield Finding("problem", "store", f"{objects.url}: deleting: the object is still there", fix)
+        else:
+            good.append("deleting")
+    except StoreError as error:
+        yield Finding("problem", "store", f"deleting ({key} stays there): {error}")
+    if len(good) == 1 + len(rights) + 1:
+        yield Finding("ok", "store", f"{objects.url}: {', '.join(good)}")
+    yield from more
+
+
+def _conditional(objects: ObjectStore, key: str) -> Findings:
+    """Whether "write unless it is there" refuses where it is there. Nothing depends on it."""
+    if isinstance(objects, DirectoryStore):
+        try:
+            (objects.root / key).open("xb").close()
+        except FileExistsError:
+            yield Finding("ok", "store", "refuses to create a file twice")
+        else:
+            yield Finding("warning", "store", "creates a file twice", NOT_NEEDED)
+        return
+    status, _ = _s3_put(objects, key, IfNoneMatch="*")
+    if status == 412:
+        yield Finding("ok", "store", "honours conditional writes (If-None-Match)")
+    elif status == 200:
+        yield Finding("warning", "store", "ignores If-None-Match", NOT_NEEDED)
+    else:
+        yield Finding("warning", "store", f"answers If-None-Match with {status}", NOT_NEEDED)
+
+
+def _clock(objects: ObjectStore, key: str) -> Findings:
+    """This machine's clock against the store's: the Date of an answer, or the time of a file."""
+    before = time.time()
+    if isinstance(objects, DirectoryStore):
+        objects.put(key, b"clock")
+        stored, resolution = (objects.root / key).stat().st_mtime, 0.1
+    else:
+        _, date = _s3_put(objects, key)
+        if date is None:
+            yield Finding("warning", "clock", "the store's answers carry no date", "check the clock by hand")
+            return
+        stored, resolution = parsedate_to_datetime(date).timestamp(), 1.0
+    after = time.time()
+    skew = max(before - stored - resolution, stored - after, 0.0) * (1 if stored > after else -1)
+    what = f"this machine's clock is {abs(skew):.0f} s {'behind' if skew > 0 else 'ahead of'} the store's"
+    if abs(skew) > CLOCK_PROBLEM_S:
+        yield Finding("problem", "clock", what, "set it: timedatectl set-ntp true")
+    elif abs(skew) > CLOCK_WARNING_S:
+        yield Finding("warning", "clock", what, "set it: timedatectl set-ntp true")
+    else:
+        yield Finding("ok", "clock", "agrees with the store's")
+
+
+def _s3_put(objects: Any, key: str, **conditions: str) -> tuple[int, str | None]:
+    """Status and Date header of one PUT, which `ObjectStore` does not show."""
+    from botocore.exceptions import ClientError
+
+    try:
+        answer = objects._client.put_object(
+            Bucket=objects.bucket, Key=objects.prefix + key, Body=b"probe", **conditions
+        )
+    except ClientError as error:
+        answer = error.response
+    facts = answer["ResponseMetadata"]
+    return int(facts["HTTPStatusCode"]), facts["HTTPHeaders"].get("date")
+
+
+# --- a cluster -----------------------------------------------------------------------------------
+
+
+def check_cluster(address: str) -> Findings:
+    """Who may use it, what it has, and whether every node runs what this machine runs."""
+    try:
+        with connect(address) as capacity:
+            what = f"{_count(capacity.nodes, 'node')}, {capacity.cpus:g} CPUs, {capacity.gpus:g} GPUs"
+            yield Finding("ok", "cluster", f"{address}: {what}")
+            yield from _dashboard()
+            yield from _nodes()
+    except InputError as error:
+        yield Finding("problem", "cluster", str(error))
+
+
+def _dashboard() -> Findings:
+    """Whether the jobs API turns away who brings no token."""
+    from ray._private.worker import get_dashboard_url
+
+    url = get_dashboard_url()
+    if not url:
+        yield Finding("ok", "cluster", "no dashboard, so no jobs from outside")
+        return
+    status = _status(f"http://{url}/api/jobs/")
+    if status in (401, 403):
+        yield Finding("ok", "cluster", f"the jobs API at {url} wants a token")
+    elif status is None:
+        yield Finding("ok", "cluster", f"the jobs API at {url} cannot be reached from here")
+    else:
+        fix = "start every node with RAY_AUTH_MODE=token; see cluster/README.md"
+        what = f"the jobs API at {url} runs code for anyone who reaches it (HTTP {status})"
+        here_alone = url.startswith(("127.", "localhost"))
+        yield Finding("warning" if here_alone else "problem", "cluster", what, fix)
+
+
+def _status(url: str) -> int | None:
+    """HTTP status of a request that carries no token; None without an answer."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 (http, as above)
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def _nodes() -> Findings:
+    """Versions on every node, told by a task there."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from mmsweep import doctor  # by its own name, also where this file is __main__
+
+    here = doctor.facts()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    asked = []
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+        asked.append(ray.remote(num_cpus=0, scheduling_strategy=there)(doctor.facts).remote())
+    agreeing = 0
+    for node, answer in zip(nodes, asked, strict=True):
+        name = f"node {node['NodeManagerAddress']}"
+        try:
+            found = ray.get(answer, timeout=NODE_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            what = f"{name} does not run mmsweep: {_last(str(error))}"
+            yield Finding("problem", "cluster", what, "install the same mmsweep there; see cluster/README.md")
+            continue
+        differing = [f"{key} {found[key]} (here {here[key]})" for key in here if found[key] != here[key]]
+        if differing:
+            fix = "install from one constraints.txt on every node"
+            yield Finding("problem", "cluster", f"{name} differs: {', '.join(differing)}", fix)
+        else:
+            agreeing += 1
+    if agreeing == len(nodes):
+        yield Finding("ok", "cluster", f"every node has {', '.join(f'{k} {v}' for k, v in here.items())}")
+
+
+def facts() -> dict[str, str]:
+    """What must be the same on every node of a cluster."""
+    python = re.sub(r"\.\d+$", "", platform.python_version())
+    packages = {name: _version(name) or "none" for name in ("mmsweep", "ray", "torch", "numpy")}
+    return {"python": python, **packages}
+
+
+if __name__ == "__main__":
+    from mmsweep.__main__ import quietly
+
+    sys.exit(quietly(main))
