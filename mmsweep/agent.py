@@ -1,5 +1,7 @@
 """The agent of one run: starts its workers, ships what they write, and reports how it goes.
 
+It holds the run's lease while it works, so that two sweeps which share a run train it once.
+
 It knows nothing of Ray. It reads one line of JSON (`Job`) from standard input, and then treats the
 end of standard input as "whoever launched me is gone": the workers save, the last files are
 shipped, and it ends. So neither a Ctrl-C nor a killed driver loses more than the step under way.
@@ -14,7 +16,6 @@ import json
 import os
 import platform
 import queue
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mmsweep.lease import POLL_S as LEASE_POLL_S
+from mmsweep.lease import Lease
 from mmsweep.store import DamagedError, RunStore, StoreError, open_store
 from trainers import records
 from trainers.records import EvalRecord, PartReader, StepRecord
@@ -33,6 +36,8 @@ from trainers.records import EvalRecord, PartReader, StepRecord
 POLL_S = 0.25
 SHIP_S = 2.0
 STATUS_S = 5.0
+WAIT_S = 1.0
+"""Pause between two looks at a run that somebody else works on."""
 STOP_GRACE_S = 60.0
 """How long workers may take to save when they are asked to stop."""
 LAST_SHIP_S = 120.0
@@ -57,6 +62,8 @@ class Job:
     run: dict[str, Any]
     store: str
     workers: int = 1
+    launch: str = "by hand"
+    """The name of the launch, for people who wait for the run."""
 
     @staticmethod
     def parse(line: str) -> Job:
@@ -88,7 +95,8 @@ class Agent:
         self.job = job
         self.launcher_gone = launcher_gone
         self.store: RunStore = open_store(job.store)
-        self.run_dir = Path(tempfile.mkdtemp(prefix=f"mmsweep-{job.run_id}-"))
+        self.lease: Lease
+        self.run_dir: Path
         self.started = time.time()
         self.attempt = 0
         self.config_shipped = False
@@ -98,50 +106,97 @@ class Agent:
         self.news = News(records.RUNNING, steps=job.run["schedule"]["steps"])
 
     def run(self) -> News:
-        """Do the job; returns the last news. The run's local folder is gone afterwards."""
+        """Do the job; returns the last news. By then the run's lease and local folder are gone."""
+        retry = False
         try:
-            summary = self._patiently(lambda: self.store.summary(self.job.run_id))
-            if summary is not None:
-                return self._tell(status=summary["status"], step=summary["steps"], done=True)
-            self.attempt = self._patiently(lambda: self.store.next_attempt(self.job.run_id))
-            self._tell(attempt=self.attempt)
-            self._patiently(self.publish)
-            restored = self._patiently(lambda: self.store.restore(self.job.run_id, self.run_dir))
-            self._tell(step=restored or 0)
-            return self._train()
+            retry = self._work()
         except _GaveUpError as error:
-            return self._tell(status=records.FAILED, reason=str(error), done=True)
-        finally:
-            shutil.rmtree(self.run_dir, ignore_errors=True)
+            self._tell(status=records.FAILED, reason=str(error))
+        return self._tell(done=True, retry=retry)
 
-    def _train(self) -> News:
+    def _work(self) -> bool:
+        """Take the run's result, or make it; True if another attempt might do better."""
+        while not self._take_result():
+            prefix = f"mmsweep-{self.job.run_id}-"
+            with (
+                self.store.run_lease(self.job.run_id, self.job.launch) as self.lease,
+                tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder,
+            ):
+                if not self._wait_for_lease():
+                    return False
+                self.run_dir = Path(folder)
+                with contextlib.suppress(_FencedError):
+                    if self._take_result():  # whoever had the lease has finished
+                        return False
+                    return self._attempt()
+            self._tell(status=records.PENDING, reason="somebody else has taken the run over; workers stopped")
+        return False
+
+    def _take_result(self) -> bool:
+        summary = self._patiently(lambda: self.store.summary(self.job.run_id))
+        if summary is not None:
+            self._tell(status=summary["status"], step=summary["steps"], reason="")
+        return summary is not None
+
+    def _wait_for_lease(self) -> bool:
+        """True once it is held; False if nobody waits for the run any more."""
+        while not self._patiently(self.lease.advance):
+            holder = self.lease.holder
+            if holder is not None and self.news.reason != (reason := f"waits for {holder.who()}"):
+                self._tell(status=records.PENDING, reason=reason)
+            if self.launcher_gone.wait(WAIT_S if holder is not None else LEASE_POLL_S):
+                self._tell(status=records.PENDING, reason="stopped before it began")
+                return False
+        if self.news.status != records.RUNNING:
+            self._tell(status=records.RUNNING, reason="")
+        return True
+
+    def _attempt(self) -> bool:
+        self.attempt = self._patiently(lambda: self.store.next_attempt(self.job.run_id))
+        self.config_shipped = False
+        self._tell(attempt=self.attempt)
+        self._patiently(self.publish)
+        restored = self._patiently(lambda: self.store.restore(self.job.run_id, self.run_dir))
+        self._tell(step=restored or 0)
+        return self._train()
+
+    def _train(self) -> bool:
         shipper = _Shipper(self)
-        with _Workers(self.job, self.run_dir, self.attempt) as workers:
-            shipper.start()
-            code = self._watch(workers)
-        shipper.stop()
+        try:
+            with _Workers(self.job, self.run_dir, self.attempt) as workers:
+                shipper.start()
+                code = self._watch(workers)
+        finally:
+            shipper.stop()
+        self._check_lease()
         records.close_parts(self.run_dir, self.attempt)
         if code != 0 and code != EXIT_STOPPED:
-            self._tell(**_explain(code, self.run_dir))
+            self._tell(**_explain(code, self.run_dir, overdue=workers.overdue))
         self._patiently(lambda: self.store.ship(self.job.run_id, self.run_dir))
         summary_path = self.run_dir / records.SUMMARY
         if code == 0 and summary_path.is_file():
-            return self._complete(json.loads(summary_path.read_text()))
+            self._complete(json.loads(summary_path.read_text()))
+            return False
         if code == EXIT_STOPPED:
             self._tell(status=records.PENDING, reason="stopped; its state is saved")
         self._patiently(self.publish)
-        return self._tell(done=True, retry=code not in (EXIT_STOPPED, EXIT_BAD_INPUT))
+        return code not in (EXIT_STOPPED, EXIT_BAD_INPUT)
 
     def _watch(self, workers: _Workers) -> int:
         """Follow the records until the workers end; returns the first exit code that is not 0."""
         reader = PartReader(self.run_dir, self.attempt)
         while (code := workers.poll()) is None:
+            self._check_lease()
             self._follow(reader)
             if self.launcher_gone.wait(POLL_S):
                 code = workers.stop()
                 break
         self._follow(reader)
         return code
+
+    def _check_lease(self) -> None:
+        if self.lease.lost.is_set():
+            raise _FencedError
 
     def _follow(self, reader: PartReader) -> None:
         fresh = reader.poll()
@@ -162,7 +217,7 @@ class Agent:
         if changes:
             self._tell(**changes)
 
-    def _complete(self, summary: dict[str, Any]) -> News:
+    def _complete(self, summary: dict[str, Any]) -> None:
         """Compact the records, then write the summary: its presence means that all else is there."""
         rows = self._patiently(lambda: self.store.compact(self.job.run_id))
         self._tell(status=summary["status"], reason=summary["reason"], step=summary["steps"])
@@ -171,7 +226,6 @@ class Agent:
         attempts = self._patiently(lambda: self.store.next_attempt(self.job.run_id)) - 1
         summary |= {"rows": rows, "attempts": max(attempts, self.attempt)}
         self._patiently(lambda: self.store.put_summary(self.job.run_id, summary))
-        return self._tell(done=True)
 
     def _tell(self, **changes: Any) -> News:
         self.news = News(**{**asdict(self.news), **changes})
@@ -179,8 +233,13 @@ class Agent:
         return self.news
 
     def publish(self) -> None:
-        """Write `status.json`, and once there is one `config.json`, unless a newer attempt has taken over."""
+        """Write `status.json`, and once there is one `config.json`.
+
+        A newer attempt means that the lease is lost, whatever the lease itself says.
+        """
         if self.store.next_attempt(self.job.run_id) > self.attempt + 1:
+            self.lease.lost.set()
+        if self.lease.lost.is_set():
             return
         config = self.run_dir / records.CONFIG
         if not self.config_shipped and config.is_file():
@@ -227,6 +286,10 @@ class _GaveUpError(Exception):
     """The store stayed away after the launcher was gone."""
 
 
+class _FencedError(Exception):
+    """Somebody else has taken the run over."""
+
+
 class _Shipper(threading.Thread):
     """Ships closed parts and checkpoints while the workers train, and keeps `status.json` fresh.
 
@@ -240,7 +303,7 @@ class _Shipper(threading.Thread):
 
     def run(self) -> None:
         published, pause = -STATUS_S, SHIP_S
-        while not self.over.wait(pause):
+        while not self.over.wait(pause) and not self.agent.lease.lost.is_set():
             try:
                 self.agent.store.ship(self.agent.job.run_id, self.agent.run_dir)
                 if time.monotonic() - published > STATUS_S:
@@ -253,7 +316,8 @@ class _Shipper(threading.Thread):
 
     def stop(self) -> None:
         self.over.set()
-        self.join()
+        if self.is_alive():
+            self.join()
 
 
 class _Workers:
@@ -270,6 +334,8 @@ class _Workers:
         self.world_size = job.workers
         self.threads = job.run["runtime"]["threads"]
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.overdue = False
+        """Whether `stop` had to kill some."""
 
     def __enter__(self) -> _Workers:
         logs = self.run_dir / "logs"
@@ -308,15 +374,18 @@ class _Workers:
         return None if None in codes else 0
 
     def stop(self) -> int:
-        """Ask all to save and end; returns the exit code of those that did."""
+        """Ask all to save and end; returns the first bad exit code, that of SIGKILL if some did not end."""
         for process in self.processes:
             process.terminate()
         deadline = time.monotonic() + STOP_GRACE_S
-        codes = []
         for process in self.processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                codes.append(process.wait(max(0.1, deadline - time.monotonic())))
-        return next((code for code in codes if code), 0)
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.overdue = True
+        if self.overdue:
+            return -signal.SIGKILL  # which `__exit__` sends
+        return next((process.returncode for process in self.processes if process.returncode), 0)
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
@@ -327,8 +396,11 @@ class _Workers:
                 process.stdin.close()
 
 
-def _explain(code: int, run_dir: Path) -> dict[str, Any]:
+def _explain(code: int, run_dir: Path, *, overdue: bool) -> dict[str, Any]:
     """Status and reason of workers that failed, from their exit code and last words."""
+    if overdue:
+        reason = f"asked to stop, a worker had not ended after {STOP_GRACE_S:.0f} s and was killed"
+        return {"status": records.FAILED, "reason": reason}
     tail = _log_tail(run_dir)
     last = tail[-1] if tail else "no output"
     if code == EXIT_BAD_INPUT:

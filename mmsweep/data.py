@@ -314,4 +314,6 @@ def _described(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from mmsweep.__main__ import quietly
+
+    sys.exit(quietly(main))

@@ -1,26 +1,30 @@
 """`python -m mmsweep.launch grid.yaml`: run what a grid asks for and its store does not have yet.
 
 The launch keeps no state of its own: after a crash, a Ctrl-C or a grown grid, the same command
-reads the store and goes on.
+reads the store and goes on. While it works it holds the grid's lease; a second launch leaves.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mmsweep.agent import STOP_GRACE_S, Job, News
 from mmsweep.cluster import Capacity, connect
 from mmsweep.grid import Cell, Grid, load_grid
+from mmsweep.lease import Lease
 from mmsweep.progress import Board, duration
 from mmsweep.store import RunStore, StoreError, open_store
 from trainers import records
 from trainers.config import RunConfig
-from trainers.corpus import expanded, identify
+from trainers.corpus import identify
+from trainers.documents import expanded
 from trainers.errors import InputError
 from trainers.flops import Cost, cost
 from trainers.footprint import footprint, largest_micro_batch, micro_batch_of, usable
@@ -30,7 +34,8 @@ SHIPPED = Path(__file__).parent / "grids"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Launch a grid. Exit status 0: all done; 1: some runs failed or were stopped; 2: bad input."""
+    """Launch a grid. Exit status 0: all done; 1: some runs failed or were stopped; 2: bad input, or
+    somebody else works on the grid; 130: Ctrl-C before it began."""
     arguments = _parser().parse_args(argv)
     try:
         grid = load_grid(grid_path(arguments.grid), identify=identify)
@@ -41,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, StoreError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,6 +73,46 @@ def grid_path(given: str) -> Path:
 
 
 def _launch(grid: Grid, store: RunStore, address: str | None, *, show: bool) -> int:
+    launch = f"{grid.name}-{time.strftime('%m%d-%H%M%S')}"
+    with _sigterm_unwinds(), store.grid_lease(grid.name, launch, on_lost=_stop_this_launch) as lease:
+        if not _take(lease, grid):
+            return 2
+        return _train(grid, store, address, launch, show=show)
+
+
+def _take(lease: Lease, grid: Grid) -> bool:
+    """Take the grid's lease, or name who has it."""
+    owner = lease.acquire(
+        on_silence=lambda silent: print(
+            f"{grid.name}: no heartbeat from {silent}; taking over when it has been silent "
+            f"for {silent.ttl:.0f} s",
+            flush=True,
+        )
+    )
+    if owner is not None:
+        print(f"{grid.name} is being launched by {owner}; nothing done", file=sys.stderr)
+        return False
+    for dead, cause in lease.taken_from:
+        print(f"{grid.name}: taken over from {dead}: {cause}", flush=True)
+    return True
+
+
+@contextlib.contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """SIGTERM ends the process as an exception does, so that what it holds is released."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop_this_launch() -> None:
+    print("this launch was silent for so long that another has taken over; stopping", file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C: runs save their state
+
+
+def _train(grid: Grid, store: RunStore, address: str | None, launch: str, *, show: bool) -> int:
     finished = _finished(store, grid)
     missing = {run_id: run for run_id, run in grid.runs.items() if run_id not in finished}
     store.put_grid(grid.name, grid.text, grid.index())
@@ -85,16 +133,18 @@ def _launch(grid: Grid, store: RunStore, address: str | None, *, show: bool) -> 
 
         with board.show():
             run_all(
-                [_job(run_id, run, store, grid) for run_id, run in missing.items()], grid.resources, board
+                [_job(run_id, run, store, grid, launch) for run_id, run in missing.items()],
+                grid.resources,
+                board,
             )
     return _end(grid, store, board, begun, show=show)
 
 
-def _job(run_id: str, run: RunConfig, store: RunStore, grid: Grid) -> Job:
+def _job(run_id: str, run: RunConfig, store: RunStore, grid: Grid, launch: str) -> Job:
     data = run.data
     if data.path is not None:  # agents may start in another folder
         run = run.model_copy(update={"data": data.model_copy(update={"path": str(expanded(data.path))})})
-    return Job(run_id, run.model_dump(mode="json"), store.url, grid.resources.workers)
+    return Job(run_id, run.model_dump(mode="json"), store.url, grid.resources.workers, launch)
 
 
 def _check_capacity(grid: Grid, capacity: Capacity, address: str | None) -> None:
@@ -297,4 +347,6 @@ def _amount(value: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from mmsweep.__main__ import quietly
+
+    sys.exit(quietly(main))

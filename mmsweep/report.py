@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         page = _report(arguments.store, arguments.grid, arguments.out)
+    except BrokenPipeError:
+        raise  # nobody reads the output: not the folder's fault
     except OSError as error:
         print(f"mmsweep report: {error}; choose another folder with --out", file=sys.stderr)
         return 2
@@ -129,4 +131,6 @@ def _cell(cell: str, *, wide: bool) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from mmsweep.__main__ import quietly
+
+    sys.exit(quietly(main))

@@ -33,17 +33,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--grid", help="only the runs of this grid")
     arguments = parser.parse_args(argv)
     try:
-        rows = standing(open_store(arguments.store), arguments.grid)
+        store = open_store(arguments.store)
+        rows = standing(store, arguments.grid)
+        launches = _launches(store, [arguments.grid] if arguments.grid else store.grids())
     except (InputError, StoreError) as error:
         print(error, file=sys.stderr)
         return 2
     # Run ids and reasons come from files: no markup in them.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
-    console.print(_table(rows))
+    with console.capture() as table:  # rich would answer a closed pipe in its own way
+        console.print(_table(rows))
+    print(table.get(), end="")
     states = [row["status"] for row in rows]
     known = [*records.STATUSES, UNREADABLE]
     others = sorted(set(states) - set(known))
     print(", ".join(f"{states.count(s)} {s}" for s in [*known, *others] if s in states))
+    for line in launches:
+        print(line)
     for row in rows:
         for line in row.get("log_tail", []):
             print(f"  {row['run_id']} | {line}")
@@ -66,6 +72,17 @@ def standing(store: RunStore, grid: str | None = None) -> list[dict[str, Any]]:
         raise InputError(f"{store.url} holds no grid and no run; is this the store of a launch?")
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(lambda run_id: _one(store, run_id), run_ids))
+
+
+def _launches(store: RunStore, grids: list[str]) -> list[str]:
+    """A line for every grid that is being launched. Raises `StoreError`."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = zip(grids, pool.map(store.launches, grids), strict=True)
+    return [
+        f"{grid}: launched by {claim}" + "; its process is gone" * claim.process_is_gone()
+        for grid, owners in found
+        for claim in owners
+    ]
 
 
 def _cells(store: RunStore, grid: str) -> list[dict[str, Any]]:
@@ -121,4 +138,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from mmsweep.__main__ import quietly
+
+    sys.exit(quietly(main))

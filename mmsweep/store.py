@@ -25,6 +25,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mmsweep.lease import BEAT_S, Claim, Lease, claims
 from mmsweep.objects import DamagedError, DirectoryStore, NotFound, ObjectStore, StoreError, check_key
 from mmsweep.rows import Rows, from_parquet, merge, to_parquet, to_table
 from trainers.config import NAME_PATTERN, RUN_ID
@@ -60,6 +61,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 QUARANTINE = "checkpoints-bad"
+LEASES = "leases"
+GRID_BEAT_S = 2.0
+"""Heartbeats of launches: few, and somebody waits for one who launches a grid a second time."""
 
 
 def open_store(url: str, *, keep: int = 2) -> RunStore:
@@ -221,6 +225,20 @@ class RunStore:
         if index is None:
             raise NotFound(f"{self.url}/{key}")
         return index
+
+    # Who works on what (see `mmsweep.lease`)
+
+    def grid_lease(self, name: str, launch: str, *, on_lost: Callable[[], None] = lambda: None) -> Lease:
+        """The right to launch a grid. `launch` names the claimant to people."""
+        return Lease(self.objects, _grid_lease(name), launch, beat_s=GRID_BEAT_S, on_lost=on_lost)
+
+    def run_lease(self, run_id: str, launch: str) -> Lease:
+        """The right to work on a run."""
+        return Lease(self.objects, _key(run_id, LEASES), launch, beat_s=BEAT_S)
+
+    def launches(self, name: str) -> list[Claim]:
+        """Who has the lease of a grid, dead or alive; seldom more than one."""
+        return [claim for claim in claims(self.objects, _grid_lease(name)) if claim.held]
 
     # What is known of a run
 
@@ -537,6 +555,10 @@ def _grid_name(name: str) -> str:
         allowed = "up to 64 of a-z 0-9 . _ -, beginning with a letter or digit, no '..'"
         raise InputError(f'"{name}" is not a name for a grid; use {allowed}')
     return name
+
+
+def _grid_lease(name: str) -> str:
+    return f"grids/{_grid_name(name)}.lease"
 
 
 def _is_checkpoint(name: str) -> bool:

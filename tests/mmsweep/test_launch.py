@@ -214,7 +214,9 @@ def test_killed_and_stopped_launches_go_on_where_they_were(grid, tmp_path):
     os.killpg(second.pid, signal.SIGINT)  # as a terminal does it
     printed, _ = second.communicate(timeout=90)
     assert second.returncode == 1
+    assert printed.startswith(f"tiny: taken over from pid {first.pid} on ")
     assert "the same command goes on from here" in printed
+    assert store.launches("tiny") == []
     wait_for(lambda: not processes("mmsweep.agent") and not processes("trainers.train"), "orphans to end")
     assert {store.status(run_id)["status"] for run_id in store.run_ids()} == {records.PENDING}
 
@@ -228,6 +230,46 @@ def test_killed_and_stopped_launches_go_on_where_they_were(grid, tmp_path):
     expected = open_store(str(tmp_path / "other"))
     assert losses(store, steps) == losses(expected, steps)
     assert table_1(store, tmp_path) == table_1(expected, tmp_path)
+
+
+def test_of_eight_launches_at_once_one_works_and_seven_name_it(grid, tmp_path):
+    long = grid(**{"seeds: [1, 2]": "seeds: [1]", "steps: 12": "steps: 100000"})
+    where = tmp_path / "store"
+    launches = {}
+    for _ in range(8):
+        one = subprocess.Popen(
+            command(long, where),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            start_new_session=True,
+        )
+        launches[one.pid] = one
+    wait_for(lambda: sum(one.poll() is not None for one in launches.values()) == 7, "seven to leave")
+    (works,) = (pid for pid, one in launches.items() if one.poll() is None)
+    store = open_store(str(where))
+    (owner,) = store.launches("tiny")
+    assert owner.pid == works
+    shown = subprocess.run(
+        [sys.executable, "-m", "mmsweep.status", str(where)], capture_output=True, text=True
+    )
+    for pid, one in launches.items():
+        if pid != works:
+            printed, told = one.communicate()
+            assert (one.returncode, printed) == (2, "")
+            assert told.startswith(f"tiny is being launched by {owner.who()}, last heartbeat ")
+            assert len(told.splitlines()) == 1
+    assert f"tiny: launched by {owner.who()}" in shown.stdout
+
+    wait_for(lambda: bool(list(where.glob("runs/*/status.json"))), "training")
+    # Somebody who heard nothing for a minute declares it dead: it stops at its next heartbeat.
+    store.objects.put(f"grids/tiny.lease/{owner.nonce}.dead", b"")
+    printed, told = launches[works].communicate(timeout=90)
+    assert launches[works].returncode == 1
+    assert printed.startswith("tiny: 2 runs, 0 done, 2 to train")
+    assert "another has taken over; stopping" in told
+    assert store.objects.children("grids") == ["tiny.json", "tiny.yaml"]
 
 
 def _finished(store: RunStore) -> list[str]:
@@ -366,3 +408,30 @@ def test_an_unknown_command_suggests_the_right_one():
     done = subprocess.run([sys.executable, "-m", "mmsweep", "lunch"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == 'mmsweep: unknown command "lunch" (did you mean "launch"?)\n'
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["mmsweep", "launch", "quickstart", "--dry-run"],
+        ["mmsweep.launch", "quickstart", "--dry-run"],
+        ["mmsweep.status", "STORE"],
+        ["mmsweep", "report", "STORE"],
+        ["mmsweep", "--help"],
+    ],
+)
+def test_nobody_who_reads_the_output_is_no_traceback(undisturbed, arguments, tmp_path):
+    """As in `| head`, whose end is not waited for: here it is gone before anything is written."""
+    store, _ = undisturbed
+    given = [store.url if word == "STORE" else word for word in arguments]
+    done = subprocess.Popen(
+        [sys.executable, "-m", *given],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    done.stdout.close()
+    assert done.stderr.read() == ""
+    done.stderr.close()
+    assert done.wait() == 128 + signal.SIGPIPE
