@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
+from http_service import HttpService
 
 from mmsweep.s3 import S3Store
 from mmsweep.store import ObjectStore, RunStore, open_store
@@ -43,7 +43,7 @@ def objects(runs: RunStore) -> ObjectStore:
     return runs.objects
 
 
-class AnswersWith:
+class AnswersWith(HttpService):
     """An S3 service whose answers are the given ones in turn, the last one for ever after.
 
     An answer is `(HTTP status, error code)`, or the bytes of a good one.
@@ -73,15 +73,7 @@ class AnswersWith:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
+        super().__init__(Handler)
 
 
 def _error(code: str) -> bytes:

@@ -14,13 +14,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import psutil
 import pytest
 import yaml
 from botocore.validate import ParamValidator
+from http_service import HttpService
 
 from mmsweep.cluster import ENVIRONMENT
 
@@ -360,7 +360,7 @@ def test_kubernetes_refuses_the_placeholders():
 # --- the notice of a spot machine ----------------------------------------------------------------
 
 
-class Metadata:
+class Metadata(HttpService):
     """A cloud's metadata service: no notice at first, then one."""
 
     def __init__(self, cloud: str, quiet: int) -> None:
@@ -395,15 +395,7 @@ class Metadata:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
+        super().__init__(Handler)
 
 
 # --- a cluster, as the files start it ------------------------------------------------------------

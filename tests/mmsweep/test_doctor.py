@@ -7,16 +7,16 @@ import http.client
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
 import torch
+from http_service import HttpService
 
 from mmsweep import doctor
 from mmsweep.doctor import Finding
@@ -30,7 +30,7 @@ def levels(findings: list[Finding]) -> list[str]:
 # --- stores --------------------------------------------------------------------------------------
 
 
-class Between:
+class Between(HttpService):
     """An S3 server behind this one, which refuses some requests, drops headers and shifts the date."""
 
     def __init__(self, server: str) -> None:
@@ -70,15 +70,7 @@ class Between:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
+        super().__init__(Handler)
 
 
 @pytest.fixture
@@ -313,16 +305,12 @@ def test_whether_jobs_need_a_token(answer, level, words, monkeypatch):
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
+    service = HttpService(Handler)
     try:
-        url = f"127.0.0.1:{server.server_port}"
+        url = service.url.removeprefix("http://")
         monkeypatch.setattr("ray._private.worker.get_dashboard_url", lambda: url)
         [found] = doctor._dashboard()
     finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+        service.stop()
     assert found.level == level
     assert words in found.what
