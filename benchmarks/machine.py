@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -138,11 +139,22 @@ def heading(name: str, device: torch.device) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, stem: str, result: dict[str, Any], text: str) -> None:
-    """`stem`.json and `stem`.md. Strict JSON: a NaN is an error."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    (folder / f"{stem}.md").write_text(text + "\n")
+def write(options: argparse.Namespace, device: torch.device, result: dict[str, Any], text: str) -> Path:
+    """A .json and a .md in `options.out`, named after the benchmark, the device and `options.quick`; returns
+    their path without the ending. Strict JSON: a NaN is an error."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = f"{result['benchmark']}-{slug(device)}" + ("-quick" if options.quick else "")
+    path: Path = options.out / stem
+    path.with_name(f"{stem}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    path.with_name(f"{stem}.md").write_text(text + "\n")
+    return path
+
+
+def publish(options: argparse.Namespace, device: torch.device, result: dict[str, Any], text: str) -> None:
+    """`write`, and print the text and where it is."""
+    path = write(options, device, result, text)
+    print(text)
+    progress(f"written to {path}.md and .json")
 
 
 def introduction(result: dict[str, Any]) -> str:

@@ -23,8 +23,8 @@ from machine import (
     peak_gflops,
     prepare,
     progress,
+    publish,
     seconds,
-    slug,
     synchronize,
     table,
     write,
@@ -573,33 +573,29 @@ def main() -> None:
             rates = result["peak_gflops"].setdefault(str(dtype).removeprefix("torch."), [])
             rates.append(peak_gflops(dtype, options.width, batch, device))
 
-    def save() -> str:
-        """After each part, so that a run that is cut short leaves what it has."""
+    def text() -> str:
+        """Of what is there so far. It is written after each part: a run that is cut short leaves it."""
         peaks = {dtype: max(rates) for dtype, rates in result["peak_gflops"].items()}
         for rows in result["arms"].values():
             add_ratios(rows, peaks)
-        text = document(result)
-        write(options.out, stem, result, text)
-        return text
+        return document(result)
 
     result = heading("optimizer_step", device) | {"settings": settings(options, device, kept=kept)}
     result |= {"peak_gflops": {}, "arms": {}, "sharding": None, "forward_backward": None}
-    stem = f"optimizer_step-{slug(device)}" + ("-quick" if options.quick else "")
     progress("rate of matrix products")
     note_peaks()
     for arm in options.arms:
         result["arms"][arm] = measure_arm(arm, shapes, gradients, device, options)
         note_peaks()
-        save()
+        write(options, device, result, text())
     sharded = next((arm for arm in options.arms if arm != "unconstrained"), None)
     if sharded:
         share = sharded_shares(sharded, options.width, gradients, device)
         result["sharding"] = {"arm": sharded, "layers": 12, "share": share}
     if device.type == "cuda":
-        save()
+        write(options, device, result, text())
         result["forward_backward"] = forward_backward(device, options)
-    print(save())
-    progress(f"written to {options.out / stem}.md and .json")
+    publish(options, device, result, text())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import RESULTS, heading, introduction, prepare, progress, slug, table, write
+from machine import RESULTS, heading, introduction, prepare, progress, publish, table
 from torch import Tensor
 
 from trainers.manifold import retract, solve, tangency_residual
@@ -209,11 +209,8 @@ def main() -> None:
     result = heading("solver_quality", device)
     result["settings"] = {"rounds": rounds, "cg_steps": cg_steps, "quick": options.quick}
     result["fixtures"] = fixtures
-    stem = f"solver_quality-{slug(device)}" + ("-quick" if options.quick else "")
     text = document(result)
-    write(options.out, stem, result, text)
-    print(text)
-    progress(f"written to {options.out / stem}.md and .json")
+    publish(options, device, result, text)
 
 
 if __name__ == "__main__":

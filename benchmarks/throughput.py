@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import RESULTS, heading, introduction, prepare, progress, slug, table, write
+from machine import RESULTS, heading, introduction, prepare, progress, publish, table
 
 from trainers import corpus
 from trainers.config import RunConfig
@@ -234,13 +234,10 @@ def main() -> None:
     }
     result["contenders"] = summarised(rounds, runs, device)
     result["probe_cost"] = probe_cost(rounds)
-    stem = f"throughput-{slug(device)}" + ("-quick" if options.quick else "")
     text = document(result)
     if options.quick:
         text += "\n\nA smoke test: the figures mean nothing."
-    write(options.out, stem, result, text)
-    print(text)
-    progress(f"written to {options.out / stem}.md and .json")
+    publish(options, device, result, text)
 
 
 if __name__ == "__main__":

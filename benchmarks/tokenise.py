@@ -11,6 +11,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import numpy as np
 from trainers import corpus
 from trainers.config import DataConfig
 from trainers.documents import Document, find
+from trainers.errors import InputError
 from trainers.tokenizers import encoded, gpt2_encoding
 
 FILES = 16
@@ -145,7 +147,7 @@ def report(result: dict[str, Any]) -> str:
 def main() -> None:
     # Here, so that the processes that tokenise, which import this file too, do not import torch.
     import torch
-    from machine import RESULTS, heading, progress, slug, write
+    from machine import RESULTS, heading, progress, publish
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--workers", type=int, default=2)
@@ -162,12 +164,12 @@ def main() -> None:
     for kind, documents in texts(megabytes).items():
         progress(kind)
         result["texts"][kind] = measure(documents, options.workers, rounds, progress)
-    stem = f"tokenise-{slug(device)}" + ("-quick" if options.quick else "")
     text = report(result)
-    write(options.out, stem, result, text)
-    print(text)
-    progress(f"written to {options.out / stem}.md and .json")
+    publish(options, device, result, text)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:  # no vocabulary of GPT-2's
+        sys.exit(str(error))

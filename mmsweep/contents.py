@@ -2,77 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
-import time
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 
-from mmsweep.objects import DirectoryStore, ObjectStore, StoreError, check_key
+from mmsweep.objects import Entry, check_key
 from mmsweep.store import QUARANTINE, RunStore
 from trainers.config import NAME_PATTERN, RUN_ID
 from trainers.records import CHECKPOINTS, CONFIG, KINDS, PART, STATUS, SUMMARY
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One object as a listing shows it."""
-
-    key: str
-    bytes: int
-    modified: float
-    """Unix seconds, by the store's clock."""
-
-
-def entries(objects: ObjectStore, prefix: str = "") -> list[Entry]:
-    """All objects below the prefix, sorted by key."""
-    if isinstance(objects, DirectoryStore):
-        return [entry for key in objects.list(prefix) if (entry := _file(objects, key))]
-    from mmsweep.s3 import S3Store  # boto3 only where it is needed
-
-    if not isinstance(objects, S3Store):
-        raise TypeError(f"cannot list sizes of {type(objects).__name__}")
-    found = []
-    with objects._guard(prefix):
-        pages = objects._client.get_paginator("list_objects_v2")
-        for page in pages.paginate(Bucket=objects.bucket, Prefix=objects._folder(prefix)):
-            for item in page.get("Contents", ()):
-                if not item["Key"].endswith("/"):  # consoles make these to stand for folders
-                    key = item["Key"].removeprefix(objects.prefix)
-                    found.append(Entry(key, item["Size"], item["LastModified"].timestamp()))
-    return sorted(found, key=lambda entry: entry.key)
-
-
-def _file(objects: DirectoryStore, key: str) -> Entry | None:
-    try:
-        facts = (objects.root / key).stat()
-    except FileNotFoundError:  # deleted since it was listed
-        return None
-    except OSError as error:
-        raise StoreError(f"{objects.url}/{key}: {error.strerror}; check that you may read it") from None
-    return Entry(key, facts.st_size, facts.st_mtime)
-
-
-def store_time(objects: ObjectStore) -> float:
-    """Unix seconds by the clock that dates the store's objects; nothing is left in the store."""
-    if isinstance(objects, DirectoryStore):
-        try:
-            with tempfile.TemporaryFile(dir=objects.root) as file:  # a shared disk has its server's clock
-                file.write(b"0")
-                file.flush()
-                return os.fstat(file.fileno()).st_mtime
-        except OSError:
-            return time.time()
-    from mmsweep.s3 import S3Store
-
-    if not isinstance(objects, S3Store):
-        raise TypeError(f"cannot ask {type(objects).__name__} for its time")
-    with objects._guard(""):
-        answer = objects._client.list_objects_v2(Bucket=objects.bucket, Prefix=objects.prefix, MaxKeys=1)
-    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-    return parsedate_to_datetime(date).timestamp() if date else time.time()
-
 
 CHECKPOINT_FILE = re.compile(rf"{CHECKPOINTS}/([0-9]{{8}}|[1-9][0-9]{{8,17}})/[^/]+")
 QUARANTINED_FILE = re.compile(rf"{QUARANTINE}/([0-9]{{8,18}}-[0-9]+)/[^/]+")
@@ -109,7 +45,7 @@ Held = dict[str, Entry]
 def held_by(store: RunStore, run_id: str) -> Held:
     """What mmsweep has written of one run, by a fresh listing."""
     base = f"runs/{run_id}/"
-    found = {entry.key.removeprefix(base): entry for entry in entries(store.objects, base)}
+    found = {entry.key.removeprefix(base): entry for entry in store.objects.entries(base)}
     return {name: entry for name, entry in found.items() if kind_in_run(name)}
 
 
@@ -126,7 +62,7 @@ class Contents:
 def contents(store: RunStore) -> Contents:
     """One listing of the whole store."""
     found = Contents([], {}, [])
-    for entry in entries(store.objects):
+    for entry in store.objects.entries(""):
         top, _, rest = entry.key.partition("/")
         run_id, _, name = rest.partition("/")
         if top == "runs" and _is_run_id(run_id) and kind_in_run(name):

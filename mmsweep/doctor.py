@@ -447,7 +447,7 @@ def _s3_put(objects: Any, key: str, **conditions: str) -> tuple[int, str | None]
     from botocore.exceptions import ClientError
 
     try:
-        answer = objects._client.put_object(
+        answer = objects.client.put_object(
             Bucket=objects.bucket, Key=objects.prefix + key, Body=b"probe", **conditions
         )
     except ClientError as error:

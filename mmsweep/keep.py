@@ -10,6 +10,7 @@ None of them changes an object that a run still needs, and none touches what mms
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -26,18 +27,16 @@ from mmsweep.contents import (
     COLUMNS,
     QUARANTINED_FILE,
     Contents,
-    Entry,
     Held,
     contents,
     held_by,
     kind_in_run,
     size,
-    store_time,
 )
-from mmsweep.objects import DamagedError, NotFound, ObjectStore, StoreError
+from mmsweep.objects import DamagedError, Entry, NotFound, ObjectStore, StoreError
 from mmsweep.rows import from_parquet, to_parquet
 from mmsweep.status import standing
-from mmsweep.store import QUARANTINE, RunStore, open_store
+from mmsweep.store import KEPT_CHECKPOINTS, QUARANTINE, RunStore, open_store
 from trainers.errors import InputError
 from trainers.manifest import CorruptError, parse_manifest, verify
 from trainers.records import CHECKPOINTS, CONFIG, KINDS, MANIFEST, PART, SUMMARY, parse_part, part_name
@@ -47,8 +46,6 @@ LIVE_S = 600.0
 """An unfinished run into which anything was written so recently may be training: gc leaves it alone."""
 ABANDONED_S = 86_400.0
 """A checkpoint without a manifest is on its way until nothing was added to it for so long."""
-KEEP = 2
-"""Checkpoints kept of a finished run: as many as a launch keeps."""
 _THREADS = 4
 """Runs looked at together: a checkpoint of each may be on this machine's disk at one time."""
 
@@ -76,7 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     collect = commands.add_parser("gc", help="print what no run needs any more, and its bytes")
     collect.add_argument("--delete", action="store_true", help="delete it")
     collect.add_argument(
-        "--keep", type=int, default=KEEP, help=f"checkpoints to keep of a finished run (default: {KEEP})"
+        "--keep",
+        type=int,
+        default=KEPT_CHECKPOINTS,
+        help=f"checkpoints to keep of a finished run (default: {KEPT_CHECKPOINTS})",
     )
     collect.set_defaults(run=_gc)
     for command in (listing, check, collect):
@@ -290,7 +290,7 @@ class Garbage:
         return sum(entry.bytes for entry in self.entries)
 
 
-def garbage(store: RunStore, found: Contents, *, keep: int = KEEP) -> list[Garbage]:
+def garbage(store: RunStore, found: Contents, *, keep: int = KEPT_CHECKPOINTS) -> list[Garbage]:
     """What no run needs any more.
 
     Nothing of an unfinished run into which anything was written in the last LIVE_S seconds.
@@ -298,7 +298,7 @@ def garbage(store: RunStore, found: Contents, *, keep: int = KEEP) -> list[Garba
     Args:
         keep: checkpoints that a finished run keeps.
     """
-    now = store_time(store.objects)
+    now = store.objects.time()
     with ThreadPoolExecutor(_THREADS) as pool:
         each = pool.map(
             lambda run_id: _run_garbage(store, run_id, found.runs[run_id], now=now, keep=keep), found.runs
@@ -344,10 +344,7 @@ def _adds_nothing(store: RunStore, run_id: str, kind: str) -> bool:
 def _needless_checkpoints(
     run_id: str, names: Held, *, finished: bool, now: float, keep: int
 ) -> Iterator[Garbage]:
-    found: dict[str, list[Entry]] = {}
-    for name, entry in names.items():
-        if match := CHECKPOINT_FILE.fullmatch(name):
-            found.setdefault(match[1], []).append(entry)
+    found = _by_first_group(names, CHECKPOINT_FILE)
     complete = [step for step in found if f"{CHECKPOINTS}/{step}/{MANIFEST}" in names]
     surplus = sorted(complete, key=int, reverse=True)[keep:] if finished else []
     for step, held in sorted(found.items(), key=lambda item: int(item[0])):
@@ -362,12 +359,17 @@ def _needless_checkpoints(
 
 
 def _quarantined(run_id: str, names: Held) -> Iterator[Garbage]:
+    for name, held in _by_first_group(names, QUARANTINED_FILE).items():
+        yield Garbage(run_id, f"{QUARANTINE}/{name}", "did not match its digests", tuple(held))
+
+
+def _by_first_group(names: Held, pattern: re.Pattern[str]) -> dict[str, list[Entry]]:
+    """The objects whose names match, by what the first group of the pattern takes: their folder."""
     found: dict[str, list[Entry]] = {}
     for name, entry in names.items():
-        if match := QUARANTINED_FILE.fullmatch(name):
+        if match := pattern.fullmatch(name):
             found.setdefault(match[1], []).append(entry)
-    for name, held in found.items():
-        yield Garbage(run_id, f"{QUARANTINE}/{name}", "did not match its digests", tuple(held))
+    return found
 
 
 def _gc(arguments: argparse.Namespace) -> int:
@@ -389,13 +391,13 @@ def _gc(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def delete(store: RunStore, items: list[Garbage], *, keep: int = KEEP) -> list[Entry]:
+def delete(store: RunStore, items: list[Garbage], *, keep: int = KEPT_CHECKPOINTS) -> list[Entry]:
     """Delete what of `items` is still not needed just before; returns what went.
 
     A run may have been taken up since it was looked at.
     """
     gone: list[Entry] = []
-    now = store_time(store.objects)
+    now = store.objects.time()
     for run_id in dict.fromkeys(item.run_id for item in items):
         names = held_by(store, run_id)
         if not names:

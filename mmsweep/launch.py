@@ -229,7 +229,7 @@ def _total(costs: Iterable[Cost]) -> str:
     """`3.28 G tokens, 5.1 E FLOP`"""
     costs = list(costs)
     tokens, flops = sum(price.tokens for price in costs), sum(price.total for price in costs)
-    return f"{_amount(tokens)} tokens, {_amount(flops)}FLOP"
+    return f"{amount(tokens)} tokens, {amount(flops)}FLOP"
 
 
 def _dry_run(grid: Grid, store: RunStore) -> int:
@@ -240,8 +240,8 @@ def _dry_run(grid: Grid, store: RunStore) -> int:
     for run_id, run in grid.runs.items():
         price = costs[run_id]
         rows.append([
-            run_id, run.arm, str(run.seed), *axes[run_id], _amount(price.parameters),
-            f"{price.steps:,} x {run.tokens_per_step:,}", _amount(price.total),
+            run_id, run.arm, str(run.seed), *axes[run_id], amount(price.parameters),
+            f"{price.steps:,} x {run.tokens_per_step:,}", amount(price.total),
             "done" if run_id in finished else _state(store, run_id),
         ])  # fmt: skip
     _print_table(rows, left=("run", "arm", "store"))
@@ -291,8 +291,8 @@ def _per_step(grid: Grid, costs: dict[str, Cost]) -> list[str]:
         if price.model_step > largest.setdefault(run.arm, price).model_step:
             largest[run.arm] = price
     return [
-        f"  {arm}: a step takes {_amount(price.model_step)}FLOP for the model, "
-        f"{_amount(price.optimizer_step)}FLOP for the optimizer's matrix products "
+        f"  {arm}: a step takes {amount(price.model_step)}FLOP for the model, "
+        f"{amount(price.optimizer_step)}FLOP for the optimizer's matrix products "
         f"({price.optimizer_step / price.model_step:.0%})"
         for arm, price in largest.items()
     ]
@@ -338,7 +338,7 @@ def _smaller(run: RunConfig, workers: int, bytes_: int) -> str:
     return ", whatever the micro batch"
 
 
-def _amount(value: float) -> str:
+def amount(value: float) -> str:
     """Three digits and a prefix: 124 M, 3.28 G, 1.2 E."""
     for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if value >= 10**power:

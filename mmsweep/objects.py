@@ -7,13 +7,28 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeAlias
 
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object as a listing shows it."""
+
+    key: str
+    bytes: int
+    modified: float
+    """Unix seconds, by the store's clock."""
+
+
 Keys: TypeAlias = list[str]  # the stores have a method called `list`
+Entries: TypeAlias = list[Entry]
 
 TEMPORARY = ".tmp-"
 """Begins the name of a file that is still being written; no key may contain such a name."""
@@ -60,6 +75,12 @@ class ObjectStore(Protocol):
 
     def list(self, prefix: str) -> Keys:
         """All keys below the prefix, sorted."""
+
+    def entries(self, prefix: str) -> Entries:
+        """All objects below the prefix, sorted by key."""
+
+    def time(self) -> float:
+        """Unix seconds by the clock that dates the objects; nothing is left in the store."""
 
     def children(self, prefix: str) -> Keys:
         """Names directly below the prefix, of objects and folders, sorted."""
@@ -184,6 +205,26 @@ class DirectoryStore:
                 visible = (name for name in names if not name.startswith(TEMPORARY))
                 keys.extend(name if base == "." else f"{base}/{name}" for name in visible)
         return sorted(keys)
+
+    def entries(self, prefix: str) -> Entries:
+        return [entry for key in self.list(prefix) if (entry := self._entry(key))]
+
+    def _entry(self, key: str) -> Entry | None:
+        try:
+            with self._guard(key):
+                facts = (self.root / key).stat()
+        except NotFound:  # deleted since it was listed
+            return None
+        return Entry(key, facts.st_size, facts.st_mtime)
+
+    def time(self) -> float:
+        try:
+            with tempfile.TemporaryFile(dir=self.root) as file:  # a shared disk has its server's clock
+                file.write(b"0")
+                file.flush()
+                return os.fstat(file.fileno()).st_mtime
+        except OSError:
+            return time.time()
 
     def children(self, prefix: str) -> Keys:
         top = self._path(prefix.rstrip("/")) if prefix else self.root

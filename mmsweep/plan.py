@@ -27,7 +27,7 @@ from rich.table import Table
 
 from mmsweep.contents import size
 from mmsweep.grid import Grid, Resources, load_grid
-from mmsweep.launch import _amount, grid_path
+from mmsweep.launch import amount, grid_path
 from mmsweep.progress import duration
 from mmsweep.store import RunStore, StoreError, open_store
 from mmsweep.stored import stored_bytes
@@ -352,7 +352,7 @@ def _print(made: Plan, price: Price | None) -> None:
         gpu_hours = sum(run.gpu_hours for run in runs)
         table.add_row(
             arm, str(len(runs)),
-            _amount(sum(run.tokens for run in runs)), _amount(sum(run.flops for run in runs)),
+            amount(sum(run.tokens for run in runs)), amount(sum(run.flops for run in runs)),
             _hours(gpu_hours), *([f"{gpu_hours * price.price_per_hour:,.2f}"] if price else []),
             size(sum(run.stored for run in runs)),
         )  # fmt: skip

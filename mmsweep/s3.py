@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from botocore import exceptions as errors
 from botocore.config import Config
 from s3transfer.exceptions import RetriesExceededError
 
-from mmsweep.objects import Keys, NotFound, StoreError, check_key, replacing
+from mmsweep.objects import Entries, Entry, Keys, NotFound, StoreError, check_key, replacing
 
 ATTEMPTS = 6
 """Tries of one request, over some 15 s; AWS_MAX_ATTEMPTS overrides it."""
@@ -77,7 +79,7 @@ class S3Store:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
     @property
-    def _client(self) -> Any:
+    def client(self) -> Any:
         with self._lock:
             if self._made is None:
                 attempts = int(os.environ.get("AWS_MAX_ATTEMPTS", ATTEMPTS))
@@ -98,7 +100,7 @@ class S3Store:
         with self._guard(key):
             for attempt in range(1, BODY_ATTEMPTS + 1):
                 try:
-                    return bytes(self._client.get_object(**place)["Body"].read())
+                    return bytes(self.client.get_object(**place)["Body"].read())
                 except (
                     errors.IncompleteReadError,
                     errors.ResponseStreamingError,
@@ -111,31 +113,44 @@ class S3Store:
     def put(self, key: str, data: bytes) -> None:
         place = self._at(key)
         with self._guard(key):
-            self._client.put_object(**place, Body=data)
+            self.client.put_object(**place, Body=data)
 
     def get_file(self, key: str, path: Path) -> None:
         place = self._at(key)
         with self._guard(key), replacing(path) as file:
-            self._client.download_fileobj(**place, Fileobj=file)
+            self.client.download_fileobj(**place, Fileobj=file)
 
     def put_file(self, key: str, path: Path) -> None:
         place = self._at(key)
         with path.open("rb") as file, self._guard(key):
-            self._client.upload_fileobj(file, **place)
+            self.client.upload_fileobj(file, **place)
 
     def list(self, prefix: str) -> Keys:
+        return [entry.key for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str) -> Entries:
         folder = self._folder(prefix)
         with self._guard(prefix):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
-            keys = [item["Key"] for page in pages for item in page.get("Contents", ())]
-        # Consoles make empty objects that end in "/" and stand for folders.
-        return sorted(key.removeprefix(self.prefix) for key in keys if not key.endswith("/"))
+            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
+            found = [
+                Entry(item["Key"].removeprefix(self.prefix), item["Size"], item["LastModified"].timestamp())
+                for page in pages
+                for item in page.get("Contents", ())
+                if not item["Key"].endswith("/")  # consoles make these to stand for folders
+            ]
+        return sorted(found, key=lambda entry: entry.key)
+
+    def time(self) -> float:
+        with self._guard(""):
+            answer = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        return parsedate_to_datetime(date).timestamp() if date else time.time()
 
     def children(self, prefix: str) -> Keys:
         folder = self._folder(prefix)
         names: set[str] = set()
         with self._guard(prefix):
-            lister = self._client.get_paginator("list_objects_v2")
+            lister = self.client.get_paginator("list_objects_v2")
             for page in lister.paginate(Bucket=self.bucket, Prefix=folder, Delimiter="/"):
                 names.update(item["Prefix"] for item in page.get("CommonPrefixes", ()))
                 names.update(item["Key"] for item in page.get("Contents", ()))
@@ -148,19 +163,19 @@ class S3Store:
         place = self._at(key)
         # Unlike HEAD, a listing tells a missing bucket from a missing object. The key comes first.
         with self._guard(key):
-            page = self._client.list_objects_v2(Bucket=self.bucket, Prefix=place["Key"], MaxKeys=1)
+            page = self.client.list_objects_v2(Bucket=self.bucket, Prefix=place["Key"], MaxKeys=1)
         return any(item["Key"] == place["Key"] for item in page.get("Contents", ()))
 
     def delete(self, key: str) -> None:
         place = self._at(key)
         with self._guard(key):
-            self._client.delete_object(**place)
+            self.client.delete_object(**place)
 
     def move(self, key: str, to: str) -> None:
         source, target = self._at(key), self._at(to)
         with self._guard(key):
-            self._client.copy(source, **target)
-            self._client.delete_object(**source)
+            self.client.copy(source, **target)
+            self.client.delete_object(**source)
 
     @contextmanager
     def _guard(self, key: str) -> Iterator[None]:

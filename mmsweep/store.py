@@ -62,11 +62,13 @@ T = TypeVar("T")
 
 QUARANTINE = "checkpoints-bad"
 LEASES = "leases"
+KEPT_CHECKPOINTS = 2
+"""Of each run, unless somebody asks for another number."""
 GRID_BEAT_S = 2.0
 """Heartbeats of launches: few, and somebody waits for one who launches a grid a second time."""
 
 
-def open_store(url: str, *, keep: int = 2) -> RunStore:
+def open_store(url: str, *, keep: int = KEPT_CHECKPOINTS) -> RunStore:
     """The store at `url`: a folder (`./results`, `/abs`, `file:///abs`) or `s3://bucket/prefix`.
 
     Nothing is contacted or created yet. `keep` is the number of checkpoints kept for every run.
@@ -191,7 +193,7 @@ class RunStore:
     `StoreError`, one line with the fix, when the store fails or holds something unreadable.
     """
 
-    def __init__(self, objects: ObjectStore, *, keep: int = 2) -> None:
+    def __init__(self, objects: ObjectStore, *, keep: int = KEPT_CHECKPOINTS) -> None:
         """`keep`: how many complete checkpoints of each run stay in the store."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")

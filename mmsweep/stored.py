@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 
+from mmsweep.store import KEPT_CHECKPOINTS
 from trainers.config import RunConfig
 from trainers.flops import evaluation_count, matrices, parameter_count
-
-KEPT_CHECKPOINTS = 2
-"""`RunStore` keeps so many of each run."""
 
 
 def record_counts(run: RunConfig) -> dict[str, int]:
@@ -21,9 +19,8 @@ def record_counts(run: RunConfig) -> dict[str, int]:
     if (often := probes.attention_every) is not None:
         both = steps // math.lcm(often, every) + (steps % often == 0 and steps % every != 0)
         looks += steps // often - both
-    blocks = {"fused": 1, "split": 3, "per_head": 3 * heads}[run.optimizer.muon.qkv]
     moved = sum(
-        len(shapes[kind]) + (blocks - 1 if kind == "attn" else 0)
+        len(shapes[kind]) + (run.qkv_blocks - 1 if kind == "attn" else 0)
         for kind in shapes
         if getattr(run.assignment, kind).optimizer == "muon"
     )

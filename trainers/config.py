@@ -312,6 +312,11 @@ class RunConfig(Section):
     def tokens_per_step(self) -> int:
         return self.schedule.batch_size * self.model.context
 
+    @property
+    def qkv_blocks(self) -> int:
+        """How many matrices, on top of one another, attention's input weight is; see `MuonConfig.qkv`."""
+        return {"fused": 1, "split": 3, "per_head": 3 * self.model.n_head}[self.optimizer.muon.qkv]
+
 
 def module_weight_decay(module: ModuleAssignment, optimizer: OptimizerConfig) -> float:
     """The module's own decay, or the paper's rule: none on a manifold, else the optimizer's."""

@@ -107,18 +107,12 @@ def optimizer_step_flops(run: RunConfig) -> float:
     for kind, shapes in matrices(run.model).items():
         module = getattr(run.assignment, kind)
         if kind == "attn":
-            shapes = [*_blocks(shapes[0], run), *shapes[1:]]
+            (rows, columns), *others = shapes
+            shapes = [(rows // run.qkv_blocks, columns)] * run.qkv_blocks + others
         total += sum(retraction_flops(m, n, module.manifold, run) for m, n in shapes)
         if module.optimizer == "muon":
             total += sum(direction_flops(m, n, module.manifold, run) for m, n in shapes)
     return run.model.n_layer * total
-
-
-def _blocks(c_attn: tuple[int, int], run: RunConfig) -> list[tuple[int, int]]:
-    """The matrices that `qkv` makes of attention's input weight."""
-    qkv = run.optimizer.muon.qkv
-    count = {"fused": 1, "split": 3, "per_head": 3 * run.model.n_head}[qkv]
-    return [(c_attn[0] // count, c_attn[1])] * count
 
 
 def evaluation_count(run: RunConfig) -> int:

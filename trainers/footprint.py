@@ -152,12 +152,11 @@ def _gradient_bytes(run: RunConfig) -> int:
 def _muon_matrices(run: RunConfig) -> Counter[tuple[str, int, int]]:
     """How many matrices Muon has of each module kind and shape, made tall."""
     found: Counter[tuple[str, int, int]] = Counter()
-    blocks = {"fused": 1, "split": 3, "per_head": 3 * run.model.n_head}[run.optimizer.muon.qkv]
     for kind, shapes in matrices(run.model).items():
         if getattr(run.assignment, kind).optimizer != "muon":
             continue
         for number, (m, n) in enumerate(shapes):
-            split = blocks if (kind, number) == ("attn", 0) else 1
+            split = run.qkv_blocks if (kind, number) == ("attn", 0) else 1
             tall = max(m // split, n), min(m // split, n)
             found[kind, *tall] += split * run.model.n_layer
     return found

@@ -83,8 +83,7 @@ def optimizer_groups(
         whole = [m for m in members if m not in stacked]
         groups.append(_group(kind, whole, peak_lr, row_blocks=1, **options))
         if stacked:
-            blocks = 3 * (run.model.n_head if muon.qkv == "per_head" else 1)
-            groups.append(_group(kind, stacked, peak_lr, row_blocks=blocks, **options))
+            groups.append(_group(kind, stacked, peak_lr, row_blocks=run.qkv_blocks, **options))
     for kind, decay in (("embedding", adamw.weight_decay), ("norm", 0.0)):
         members = [(p.name, p.parameter) for p in named if p.kind == kind]
         adamw_groups.append(_group(kind, members, adamw.lr, weight_decay=decay))

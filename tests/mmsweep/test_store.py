@@ -155,7 +155,7 @@ def test_listing_of_more_than_one_page(s3_url: str) -> None:
     def short_pages(params: dict[str, Any], **_: Any) -> None:
         params["MaxKeys"] = 2
 
-    runs.objects._client.meta.events.register("provide-client-params.s3.ListObjectsV2", short_pages)
+    runs.objects.client.meta.events.register("provide-client-params.s3.ListObjectsV2", short_pages)
     keys = [f"runs/{number}/{name}" for number in range(5) for name in "ab"]
     for key in keys:
         runs.objects.put(key, b"")

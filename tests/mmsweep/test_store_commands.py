@@ -12,7 +12,7 @@ import pytest
 
 from mmsweep import keep
 from mmsweep.__main__ import main as mmsweep
-from mmsweep.contents import contents, entries, kind_in_run, store_time
+from mmsweep.contents import contents, kind_in_run
 from mmsweep.s3 import S3Store
 from mmsweep.store import DirectoryStore, ObjectStore, RunStore, open_store
 from trainers.manifest import write_manifest
@@ -72,8 +72,8 @@ def age(store: RunStore, prefix: str, seconds: float, monkeypatch: pytest.Monkey
             path = store.objects.root / key
             os.utime(path, (time.time() - seconds, time.time() - seconds))
         return
-    real = store_time  # an S3 server dates objects itself: its clock must be ahead
-    monkeypatch.setattr(keep, "store_time", lambda objects: real(objects) + seconds)
+    real = S3Store.time  # an S3 server dates objects itself: its clock must be ahead
+    monkeypatch.setattr(S3Store, "time", lambda objects: real(objects) + seconds)
 
 
 def test_ls_counts_runs_attempts_and_bytes(filled, store_url, capsys):
@@ -82,19 +82,19 @@ def test_ls_counts_runs_attempts_and_bytes(filled, store_url, capsys):
     assert code == 0
     assert rows[RUN][1] == "completed"
     assert rows[OTHER][1:3] == ["running", "1"]
-    held = [entry.bytes for entry in entries(filled.objects) if entry.key.startswith(f"runs/{OTHER}/")]
+    held = [entry.bytes for entry in filled.objects.entries("") if entry.key.startswith(f"runs/{OTHER}/")]
     assert rows[OTHER][3] == str(len(held)) == "10"  # config, status, 4 parts, 2 x (model, manifest)
     assert "1 grids, 2 runs" in out
     assert f"left alone: {FOREIGN} (12 B)" in out
 
 
 def test_entries_are_those_of_the_store(filled):
-    found = entries(filled.objects)
+    found = filled.objects.entries("")
     assert [entry.key for entry in found] == filled.objects.list("")
     for entry in found:
         assert entry.bytes == len(filled.objects.get(entry.key))
         assert abs(entry.modified - time.time()) < 60
-    assert abs(store_time(filled.objects) - time.time()) < 60
+    assert abs(filled.objects.time() - time.time()) < 60
     assert filled.objects.list("") == [entry.key for entry in found]
 
 
@@ -314,9 +314,9 @@ def test_odd_keys_of_others_do_not_matter(runs, store_url, capsys):
     if isinstance(runs.objects, S3Store):
         for key in (f"runs/{RUN}/attempt-001/a\\b", "a\\b", "[red]b"):
             place = {"Bucket": runs.objects.bucket, "Key": runs.objects.prefix + key}
-            runs.objects._client.put_object(**place, Body=b"1")
+            runs.objects.client.put_object(**place, Body=b"1")
     code, out, _ = call(capsys, "verify", store_url)
     assert code == 0
     assert out.count("left alone") == (8 if isinstance(runs.objects, S3Store) else 5)
     assert call(capsys, "gc", store_url, "--delete")[0] == 0
-    assert len(entries(runs.objects)) == (10 if isinstance(runs.objects, S3Store) else 7)
+    assert len(runs.objects.entries("")) == (10 if isinstance(runs.objects, S3Store) else 7)
