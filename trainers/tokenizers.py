@@ -8,9 +8,9 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -72,44 +72,81 @@ def encoded(batches: Iterable[Sequence[bytes]], name: str, *, workers: int = 1) 
         for batch in batches:
             yield [encode(text) for text in batch]
         return
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start, initargs=(name,))
-    pending: deque[Future[list[Tokens]]] = deque()
-    try:
-        for batch in batches:
-            pending.append(pool.submit(_encode, batch))
-            if len(pending) > AHEAD * workers:
+    with ThreadPoolExecutor(workers) as threads:
+        crew = [_Worker(name) for _ in range(workers)]
+        idle = SimpleQueue[_Worker]()
+        for worker in crew:
+            idle.put(worker)
+
+        def ask(batch: Sequence[bytes]) -> list[Tokens]:
+            worker = idle.get()
+            try:
+                return worker.encode(batch)
+            finally:
+                idle.put(worker)
+
+        pending: deque[Future[list[Tokens]]] = deque()
+        try:
+            for batch in batches:
+                pending.append(threads.submit(ask, batch))
+                if len(pending) > AHEAD * workers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise InputError(
-            "a tokenising process was killed, by a lack of memory perhaps; the same command with fewer "
-            "workers goes on from here"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+        except (EOFError, OSError):
+            if all(worker.alive() for worker in crew):
+                raise  # the documents' own
+            raise InputError(
+                "a tokenising process was killed, by a lack of memory perhaps; the same command with fewer "
+                "workers goes on from here"
+            ) from None
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+            for worker in crew:
+                worker.end()
 
 
-_own: Encode | None = None
-"""The encoder of a worker process."""
+class _Worker:
+    """A process that tokenises, at the other end of a pipe of its own.
+
+    Of its own, because a process killed while it writes to a shared queue (`ProcessPoolExecutor` has
+    one) keeps the queue's lock, and everybody waits for ever.
+    """
+
+    def __init__(self, name: str) -> None:
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks
+        self._pipe, other = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(other, name), daemon=True)
+        self._process.start()
+        other.close()  # else the end of the process would not be the end of the pipe
+
+    def encode(self, batch: Sequence[bytes]) -> list[Tokens]:
+        """Raises EOFError or OSError when the process is gone."""
+        self._pipe.send(batch)
+        tokens: list[Tokens] = self._pipe.recv()
+        return tokens
+
+    def alive(self) -> bool:
+        self._process.join(timeout=1)  # the pipe's end shows before the process's
+        return self._process.exitcode is None
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
 
 
-def _start(name: str) -> None:
-    global _own
+def _serve(pipe: Connection, name: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _own = tokenizer(name)
+    encode = tokenizer(name)
+    while True:
+        pipe.send([encode(text) for text in pipe.recv()])
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """Else a worker whose parent was killed would write a traceback of the broken pipe."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
     os._exit(1)
-
-
-def _encode(batch: Sequence[bytes]) -> list[Tokens]:
-    assert _own is not None
-    return [_own(text) for text in batch]

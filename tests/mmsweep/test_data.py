@@ -140,6 +140,41 @@ def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(texts, undistu
     assert contents(out) == undisturbed
 
 
+def test_a_worker_killed_in_the_middle_of_an_answer_stops_nobody_else(tmp_path):
+    """The others do not wait for it, whatever of its answer is in the pipe."""
+    script = tmp_path / "endless.py"
+    script.write_text(
+        "import itertools\n"
+        "from trainers.errors import InputError\n"
+        "from trainers.tokenizers import encoded\n"
+        "if __name__ == '__main__':\n"
+        "    try:\n"
+        "        for _ in encoded(itertools.repeat([b'x' * 2_000_000]), 'bytes', workers=2):\n"
+        "            print('a batch', flush=True)\n"
+        "    except InputError as error:\n"
+        "        print(error)\n"
+    )
+    process = psutil.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "a batch\n"
+    process.suspend()  # nobody reads: every worker fills its pipe with the beginning of its answer
+    workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    for worker in workers:
+        wait_until_it_waits(worker)
+    workers[0].kill()
+    process.resume()
+    stdout, _ = process.communicate(timeout=60)
+    assert stdout.splitlines()[-1].startswith("a tokenising process was killed")
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
+def wait_until_it_waits(process: psutil.Process) -> None:
+    """Until a process has used no time for a quarter of a second."""
+    used = None
+    while used != (used := process.cpu_times()[:2]):
+        time.sleep(0.25)
+
+
 # --- grids ---------------------------------------------------------------------------------------
 
 GRID = """
