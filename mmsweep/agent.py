@@ -17,41 +17,29 @@ import os
 import platform
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmsweep.lease import POLL_S as LEASE_POLL_S
 from mmsweep.lease import Lease
+from mmsweep.resources import Resources
+from mmsweep.shipper import Shipper
 from mmsweep.store import DamagedError, RunStore, StoreError, open_store
+from mmsweep.workers import EXIT_BAD_INPUT, EXIT_STOPPED, Workers, explain, log_tail
 from trainers import records
 from trainers.records import EvalRecord, PartReader, StepRecord
 
 POLL_S = 0.25
-SHIP_S = 2.0
-STATUS_S = 5.0
 WAIT_S = 1.0
 """Pause between two looks at a run that somebody else works on."""
-STOP_GRACE_S = 60.0
-"""How long workers may take to save when they are asked to stop."""
 LAST_SHIP_S = 120.0
 """How long an agent without a launcher tries to reach the store before it gives up."""
-LOG_TAIL_LINES = 12
-EXIT_STOPPED = 75  # trainers.train.EXIT_STOPPED; importing it would load torch
-EXIT_BAD_INPUT = 2
-OUT_OF_MEMORY = (
-    "out of memory",
-    "outofmemoryerror",
-    "can't allocate memory",
-    "memoryerror",
-    "not enough memory",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +49,14 @@ class Job:
     run_id: str
     run: dict[str, Any]
     store: str
-    workers: int = 1
     launch: str = "by hand"
     """The name of the launch, for people who wait for the run."""
+    resources: dict[str, Any] = field(default_factory=dict)
+    """`resources` of the grid."""
+
+    @property
+    def limits(self) -> Resources:
+        return Resources.model_validate(self.resources)
 
     @staticmethod
     def parse(line: str) -> Job:
@@ -100,7 +93,6 @@ class Agent:
         self.started = time.time()
         self.attempt = 0
         self.config_shipped = False
-        self.store_trouble = ""
         self.progressed = self.started
         """When the last record was written: a worker that hangs stops this clock."""
         self.news = News(records.RUNNING, steps=job.run["schedule"]["steps"])
@@ -161,17 +153,18 @@ class Agent:
         return self._train()
 
     def _train(self) -> bool:
-        shipper = _Shipper(self)
+        job = self.job
+        shipper = Shipper(self.store, job.run_id, self.run_dir, self.publish, self.lease.lost)
         try:
-            with _Workers(self.job, self.run_dir, self.attempt) as workers:
+            with Workers(job.run, self.run_dir, self.attempt, job.limits.workers) as workers:
                 shipper.start()
-                code = self._watch(workers)
+                code = self._watch(workers, shipper)
         finally:
             shipper.stop()
         self._check_lease()
         records.close_parts(self.run_dir, self.attempt)
         if code != 0 and code != EXIT_STOPPED:
-            self._tell(**_explain(code, self.run_dir, overdue=workers.overdue))
+            self._tell(**explain(code, self.run_dir, overdue=workers.overdue))
         self._patiently(lambda: self.store.ship(self.job.run_id, self.run_dir))
         summary_path = self.run_dir / records.SUMMARY
         if code == 0 and summary_path.is_file():
@@ -182,23 +175,23 @@ class Agent:
         self._patiently(self.publish)
         return code not in (EXIT_STOPPED, EXIT_BAD_INPUT)
 
-    def _watch(self, workers: _Workers) -> int:
+    def _watch(self, workers: Workers, shipper: Shipper) -> int:
         """Follow the records until the workers end; returns the first exit code that is not 0."""
         reader = PartReader(self.run_dir, self.attempt)
         while (code := workers.poll()) is None:
             self._check_lease()
-            self._follow(reader)
+            self._follow(reader, shipper.trouble)
             if self.launcher_gone.wait(POLL_S):
                 code = workers.stop()
                 break
-        self._follow(reader)
+        self._follow(reader, shipper.trouble)
         return code
 
     def _check_lease(self) -> None:
         if self.lease.lost.is_set():
             raise _FencedError
 
-    def _follow(self, reader: PartReader) -> None:
+    def _follow(self, reader: PartReader, trouble: str) -> None:
         fresh = reader.poll()
         changes: dict[str, Any] = {}
         for record in fresh:
@@ -212,8 +205,8 @@ class Agent:
                 changes |= {"val_loss": record.val_loss}
         if changes:
             self.progressed = time.time()
-        if self.store_trouble != self.news.reason:
-            changes["reason"] = self.store_trouble
+        if trouble != self.news.reason:
+            changes["reason"] = trouble
         if changes:
             self._tell(**changes)
 
@@ -256,7 +249,7 @@ class Agent:
             "host": platform.node(),
         }
         if self.news.status in (records.FAILED, records.OOM):
-            news["log_tail"] = _log_tail(self.run_dir)
+            news["log_tail"] = log_tail(self.run_dir)
         self.store.put_status(self.job.run_id, news)
 
     def _patiently(self, action: Any) -> Any:
@@ -290,148 +283,8 @@ class _FencedError(Exception):
     """Somebody else has taken the run over."""
 
 
-class _Shipper(threading.Thread):
-    """Ships closed parts and checkpoints while the workers train, and keeps `status.json` fresh.
-
-    A store that is away delays it and nothing else: the files wait on disk.
-    """
-
-    def __init__(self, agent: Agent) -> None:
-        super().__init__(daemon=True)
-        self.agent = agent
-        self.over = threading.Event()
-
-    def run(self) -> None:
-        published, pause = -STATUS_S, SHIP_S
-        while not self.over.wait(pause) and not self.agent.lease.lost.is_set():
-            try:
-                self.agent.store.ship(self.agent.job.run_id, self.agent.run_dir)
-                if time.monotonic() - published > STATUS_S:
-                    self.agent.publish()
-                    published = time.monotonic()
-                pause, self.agent.store_trouble = SHIP_S, ""
-            except StoreError as error:
-                self.agent.store_trouble = f"waiting for the store: {error}"
-                pause = min(2 * pause, 60.0)
-
-    def stop(self) -> None:
-        self.over.set()
-        if self.is_alive():
-            self.join()
-
-
-class _Workers:
-    """The processes of one run, one per rank, as torchrun would start them."""
-
-    def __init__(self, job: Job, run_dir: Path, attempt: int) -> None:
-        self.run_dir = run_dir
-        config = run_dir / "run.yaml"
-        config.write_text(json.dumps(job.run))  # JSON is YAML
-        self.command = [
-            *(sys.executable, "-m", "trainers.train", str(config)),
-            *("--run-dir", str(run_dir), "--attempt", str(attempt), "--lifeline", "--quiet"),
-        ]
-        self.world_size = job.workers
-        self.threads = job.run["runtime"]["threads"]
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.overdue = False
-        """Whether `stop` had to kill some."""
-
-    def __enter__(self) -> _Workers:
-        logs = self.run_dir / "logs"
-        logs.mkdir()
-        port = _free_port()
-        for rank in range(self.world_size):
-            with (logs / f"rank-{rank}.log").open("wb") as log:
-                self.processes.append(
-                    subprocess.Popen(
-                        self.command,
-                        stdin=subprocess.PIPE,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        env=self._environment(rank, port),
-                    )
-                )
-        return self
-
-    def _environment(self, rank: int, port: int) -> dict[str, str]:
-        return os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_WORLD_SIZE": str(self.world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": str(self.threads),
-        }
-
-    def poll(self) -> int | None:
-        """None while all is well, 0 when all have ended well, else the first bad exit code."""
-        codes = [process.poll() for process in self.processes]
-        bad = [code for code in codes if code]
-        if bad:
-            return bad[0]
-        return None if None in codes else 0
-
-    def stop(self) -> int:
-        """Ask all to save and end; returns the first bad exit code, that of SIGKILL if some did not end."""
-        for process in self.processes:
-            process.terminate()
-        deadline = time.monotonic() + STOP_GRACE_S
-        for process in self.processes:
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                self.overdue = True
-        if self.overdue:
-            return -signal.SIGKILL  # which `__exit__` sends
-        return next((process.returncode for process in self.processes if process.returncode), 0)
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-            if process.stdin:
-                process.stdin.close()
-
-
-def _explain(code: int, run_dir: Path, *, overdue: bool) -> dict[str, Any]:
-    """Status and reason of workers that failed, from their exit code and last words."""
-    if overdue:
-        reason = f"asked to stop, a worker had not ended after {STOP_GRACE_S:.0f} s and was killed"
-        return {"status": records.FAILED, "reason": reason}
-    tail = _log_tail(run_dir)
-    last = tail[-1] if tail else "no output"
-    if code == EXIT_BAD_INPUT:
-        return {"status": records.FAILED, "reason": last}
-    out_of_memory = any(words in line.lower() for line in tail for words in OUT_OF_MEMORY)
-    if out_of_memory or code == -signal.SIGKILL:
-        last = last if out_of_memory else "worker killed (SIGKILL): out of host memory, or by hand"
-        return {"status": records.OOM if out_of_memory else records.FAILED, "reason": last}
-    if code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        return {"status": records.FAILED, "reason": f"worker died of {name}: {last}"}
-    return {"status": records.FAILED, "reason": f"exit code {code}: {last}"}
-
-
-def _log_tail(run_dir: Path) -> list[str]:
-    """Last lines of the log of the first rank that has an error in it, else of rank 0."""
-    logs = sorted((run_dir / "logs").glob("rank-*.log")) if (run_dir / "logs").is_dir() else []
-    texts = [path.read_text(errors="replace").splitlines() for path in logs]
-    troubled = [text for text in texts if any("Error" in line for line in text)]
-    chosen = (troubled or texts or [[]])[0]
-    return [line for line in chosen if line.strip()][-LOG_TAIL_LINES:]
-
-
 def _tokens_per_step(run: dict[str, Any]) -> int:
     return int(run["schedule"]["batch_size"] * run["model"]["context"])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _say(line: str) -> None:

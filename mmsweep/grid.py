@@ -18,18 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
+from mmsweep.resources import Resources
 from trainers.config import (
-    Count,
     DataConfig,
     Flag,
-    NonNegative,
     RunConfig,
     SafeName,
     Section,
     Seed,
-    Whole,
     run_id,
 )
 from trainers.errors import InputError, did_you_mean
@@ -71,12 +69,6 @@ def _nothing_is_empty(value: Any) -> Any:
     return {} if value is None else value
 
 
-def _one_gpu(value: float) -> float:
-    if value > 1:
-        raise ValueError("one process drives one GPU, so at most 1: for more GPUs raise resources.workers")
-    return value
-
-
 Part = Annotated[
     dict[str, Any], BeforeValidator(_nothing_is_empty), Field(examples=["{attn: {manifold: dgram}}"])
 ]
@@ -85,20 +77,6 @@ Bundles = Annotated[
     dict[SafeName, Part], Field(min_length=1, examples=["{small: {model: {n_layer: 4}}, large: {}}"])
 ]
 """Name → a part of a run: keys that change together."""
-
-
-class Resources(Section):
-    """What one run takes from the cluster, and how many runs go at once."""
-
-    workers: Count = 1
-    """Processes of one run, data-parallel."""
-    cpus_per_worker: Annotated[float, Field(strict=True, ge=0.01, allow_inf_nan=False)] = 1.0
-    gpus_per_worker: Annotated[NonNegative, AfterValidator(_one_gpu)] = 0.0
-    """One process drives one GPU; a fraction lets several runs share one."""
-    max_concurrent: Count | None = None
-    """None leaves it to what the cluster has."""
-    max_failures: Whole = 2
-    """Infrastructure failures after which a run is given up."""
 
 
 class GridSpec(Section):

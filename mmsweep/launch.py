@@ -15,12 +15,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from mmsweep.agent import STOP_GRACE_S, Job, News
+from mmsweep.agent import Job, News
 from mmsweep.cluster import Capacity, connect
 from mmsweep.grid import Cell, Grid, load_grid
 from mmsweep.lease import Lease
 from mmsweep.progress import Board, duration
 from mmsweep.store import RunStore, StoreError, open_store
+from mmsweep.workers import STOP_GRACE_S
 from trainers import records
 from trainers.config import RunConfig
 from trainers.corpus import identify
@@ -144,7 +145,8 @@ def _job(run_id: str, run: RunConfig, store: RunStore, grid: Grid, launch: str) 
     data = run.data
     if data.path is not None:  # agents may start in another folder
         run = run.model_copy(update={"data": data.model_copy(update={"path": str(expanded(data.path))})})
-    return Job(run_id, run.model_dump(mode="json"), store.url, grid.resources.workers, launch)
+    resources = grid.resources.model_dump(mode="json")
+    return Job(run_id, run.model_dump(mode="json"), store.url, launch, resources)
 
 
 def _check_capacity(grid: Grid, capacity: Capacity, address: str | None) -> None:

@@ -26,9 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mmsweep.contents import size
-from mmsweep.grid import Grid, Resources, load_grid
+from mmsweep.grid import Grid, load_grid
 from mmsweep.launch import amount, grid_path
 from mmsweep.progress import duration
+from mmsweep.resources import Resources
 from mmsweep.store import RunStore, StoreError, open_store
 from mmsweep.stored import stored_bytes
 from trainers.config import Positive, RunConfig, Section

@@ -14,6 +14,7 @@ import logging
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -62,6 +63,7 @@ T = TypeVar("T")
 
 QUARANTINE = "checkpoints-bad"
 LEASES = "leases"
+STOP = "stop.json"
 KEPT_CHECKPOINTS = 2
 """Of each run, unless somebody asks for another number."""
 GRID_BEAT_S = 2.0
@@ -241,6 +243,19 @@ class RunStore:
     def launches(self, name: str) -> list[Claim]:
         """Who has the lease of a grid, dead or alive; seldom more than one."""
         return [claim for claim in claims(self.objects, _grid_lease(name)) if claim.held]
+
+    # Requests to stop, which a launch and its agents look for
+
+    def request_stop(self, *, grid: str | None = None, run_id: str | None = None) -> None:
+        """Ask the launch of a grid, or the agent of a run, to save and end."""
+        self._put_json(_stop(grid, run_id), {"requested": time.time()})
+
+    def stop_requested(self, *, grid: str | None = None, run_id: str | None = None) -> bool:
+        return self.objects.exists(_stop(grid, run_id))
+
+    def withdraw_stop(self, *, grid: str | None = None, run_id: str | None = None) -> None:
+        """Forget a request: a launch does it for its grid and its runs before it begins."""
+        self.objects.delete(_stop(grid, run_id))
 
     # What is known of a run
 
@@ -557,6 +572,11 @@ def _grid_name(name: str) -> str:
         allowed = "up to 64 of a-z 0-9 . _ -, beginning with a letter or digit, no '..'"
         raise InputError(f'"{name}" is not a name for a grid; use {allowed}')
     return name
+
+
+def _stop(grid: str | None, run_id: str | None) -> str:
+    """The key of a request to stop a grid or a run, one of which is given."""
+    return _key(run_id, STOP) if run_id is not None else f"grids/{_grid_name(grid or '')}.stop"
 
 
 def _grid_lease(name: str) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 from ray import tune
 
 from mmsweep.agent import AgentProcess, Job, News
-from mmsweep.grid import Resources
 from mmsweep.progress import Board
+from mmsweep.resources import Resources
 from trainers import records
 
 REPORT_S = 0.5

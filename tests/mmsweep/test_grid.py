@@ -279,7 +279,9 @@ def test_defaults(load):
     grid = load({"arms": {"a": {}}, "seeds": [1]})
     assert (grid.name, grid.description, grid.store) == ("grid", "", "./results")
     assert grid.resources.model_dump() == {
-        "workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0, "max_concurrent": None, "max_failures": 2,
+        "workers": 1, "nodes": 1, "cpus_per_worker": 1, "gpus_per_worker": 0, "max_concurrent": None,
+        "priority": {}, "max_failures": 2, "max_preemptions": 20, "hang_after_s": 900, "spool_gb": 20,
+        "placement_timeout_s": 1800,
     }  # fmt: skip
 
 

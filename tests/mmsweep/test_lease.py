@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mmsweep import agent as agents
 from mmsweep import lease as leases
+from mmsweep import workers
 from mmsweep.agent import Agent, AgentProcess, Job, News
 from mmsweep.lease import Claim, Lease, claims
 from mmsweep.objects import DirectoryStore, NotFound, StoreError
@@ -488,7 +488,7 @@ def test_a_newer_attempt_fences_an_agent(tmp_path, corpus):
 
 
 def test_a_worker_that_does_not_stop_in_time_counts_as_killed(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(agents, "STOP_GRACE_S", 1.0)
+    monkeypatch.setattr(workers, "STOP_GRACE_S", 1.0)
     store = open_store(str(tmp_path / "store"))
     hangs = job(store, corpus, steps=100_000)
     gone = threading.Event()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmsweep.__main__ import main as mmsweep
-from mmsweep.grid import Grid, Resources, load_grid
+from mmsweep.grid import Grid, load_grid
 from mmsweep.plan import (
     concurrent_runs,
     makespan,
@@ -23,6 +23,7 @@ from mmsweep.plan import (
     plan,
     read_prices,
 )
+from mmsweep.resources import Resources
 from mmsweep.store import RunStore, open_store
 from mmsweep.stored import checkpoints_bytes, record_counts, stored_bytes, table_bytes
 from trainers import corpus
