@@ -358,6 +358,7 @@ SHIPPED_RUNS = {
     "quickstart": 10,
     "paper": 25,
     "retune_dgram_attention": 120,
+    "confounds": 108,
     "modular_manifolds": 55,
     "scale": 60,
     "gpt2_family": 9,
@@ -396,6 +397,12 @@ def test_paper_is_the_default_preset():
     assert (run.data.dataset, run.data.tokenizer) == ("Skylion007/openwebtext", "gpt2")
     assert run.data.val_fraction == 0.0005
     assert grid.resources.gpus_per_worker == 1
+
+
+def test_confounds_hold_the_papers_own_runs():
+    paper, confounds = shipped("paper"), shipped("confounds")
+    shared = set(paper.runs) & set(confounds.runs)
+    assert len(shared) == len(confounds.arms) * len(confounds.seeds) == 6
 
 
 def test_retune_holds_the_papers_own_runs():
