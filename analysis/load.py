@@ -1,4 +1,4 @@
-"""A store as typed data frames: one row per run of a grid, and its records in long form.
+"""Stores as typed data frames: one row per run of a grid, and its records in long form.
 
 Running and half-written sweeps load too. The verdict on a run is recomputed from its evaluations
 by the code that judges online; what the run said of itself is only compared with it.
@@ -9,17 +9,33 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 from pydantic import ValidationError
 
+from analysis.versions import TooNewError, migrated
+from mmsweep.rows import Steps, read
 from mmsweep.store import DamagedError, NotFound, RunStore, StoreError, open_store
 from trainers.config import RUN_ID, RunConfig
 from trainers.errors import InputError, did_you_mean
-from trainers.records import COMPLETED, DIVERGED, FINISHED, PENDING, RECORD_TYPES
+from trainers.records import (
+    COMPLETED,
+    CONFIG,
+    DIVERGED,
+    FINISHED,
+    KINDS,
+    PENDING,
+    RECORD_TYPES,
+    STATUS,
+    SUMMARY,
+)
 from trainers.stability import Verdict, judge
 
 RUN_DTYPES = {
@@ -46,7 +62,12 @@ RUN_DTYPES = {
     "d_model": "Int64",
     "host": "string",
 }
-_SCALARS = {"str": "string", "int": "int64", "float": "float64"}
+LISTS = pd.ArrowDtype(pa.list_(pa.float64()))
+_DTYPES = {"str": "category", "int": "int64", "float": "float64"}
+ENVELOPES = {f"{name}_{end}": name for name in ("loss", "grad_norm") for end in ("min", "max")}
+"""Columns of `steps` beside the record's, by the field they bound; see `load`."""
+READERS = 8
+"""Runs that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +75,13 @@ class Frames:
     """All that tables and figures are made from.
 
     `runs` has the columns of `RUN_DTYPES` and one per path in `axes`; the frames of records, `steps`
-    to `costs`, are long, with `run_id`, `arm`, `seed` and the record's scalar fields (`long_dtypes`).
+    to `costs`, are long, with `run_id`, `arm`, `seed` and the record's fields (`long_dtypes`), ordered
+    by run, as in `runs`, and by key.
     """
 
     store: str
     grid: str | None
-    """None where the store holds several grids and none was asked for, or no grid at all."""
+    """None where several grids were read, or none at all."""
     description: str
     arms: tuple[str, ...]
     """In the order of the grid file."""
@@ -76,46 +98,135 @@ class Frames:
     verdicts: Mapping[str, Verdict]
     configs: Mapping[str, Mapping[str, Any]]
     """The `config.json` of each run that has one."""
+    states: Mapping[str, Mapping[str, Any]]
+    """The `summary.json` of each run, or its `status.json` where it has not ended."""
+    urls: Mapping[str, str]
+    """Where the objects of each run are."""
+    stride: int
+    """Every how many steps `steps` has a row; 1 is all of them."""
     notes: tuple[str, ...]
     """What could not be read or does not agree, one line each."""
 
 
-def load(store: RunStore | str, *, grid: str | None = None) -> Frames:
-    """Read the runs of `grid`; of the whole store, runs outside any grid included, where it is None.
+def load(
+    stores: RunStore | str | Sequence[RunStore | str],
+    *,
+    grid: str | Sequence[str] | None = None,
+    runs: Collection[str] | None = None,
+    kinds: Collection[str] = KINDS,
+    lists: bool = False,
+    between: Steps | None = None,
+    step_rows: int | None = None,
+) -> Frames:
+    """Read the runs of `grid`, or of several; of whole stores, runs outside any grid included, where None.
+
+    A run that is in several stores is taken from the first where it has ended, else from the first.
+
+    Args:
+        runs: ids of the runs wanted, of those.
+        kinds: the records wanted; the other frames are empty.
+        lists: whole spectra too (`sigma`, `gram_diag`), as columns of Arrow lists.
+        between: first and last step of the records wanted. Evaluations, which judge a run, come whole.
+        step_rows: the most rows of `steps`, and one a run. Where the runs have more, the frame has every
+            k-th step (steps divisible by k, and the last), k the least that is enough, which is `stride`.
+            `loss_min` to `grad_norm_max` are the extremes of the steps after the row before and up to the
+            row, so that no spike is lost: of the finite values for `_min`; for `_max` NaN counts as +inf.
 
     Raises:
-        InputError: the store holds nothing, there is no such grid, or a grid's index is broken.
+        InputError: a store holds nothing, there is no such grid, a grid's index is broken, or all that is
+            there was written by a later version.
     """
-    store = open_store(store) if isinstance(store, str) else store
-    names = store.grids()
-    if grid is not None and grid not in names:
-        hint = did_you_mean(grid, names) or f"; the store holds no grid at all: check the path {store.url}"
-        raise InputError(f'{store.url}: no grid "{grid}"{hint}')
-    run_ids = [name for name in store.run_ids() if RUN_ID.match(name)]
-    if not names and not run_ids:
-        raise InputError(f"{store.url}: no runs here; launch a grid into this store or check its path")
-    indexes = {name: _index(store, name) for name in ([grid] if grid is not None else names)}
-    cells = [cell for name, index in indexes.items() for cell in _cells(name, index)]
-    if grid is None:
-        listed = {cell["run_id"] for cell in cells}
-        cells += [{"run_id": r, "grid": "", "axes": {}} for r in run_ids if r not in listed]
-    only = next(iter(indexes)) if len(indexes) == 1 else None
-    return _frames(store, only, indexes, cells)
+    opened = [open_store(s) if isinstance(s, str) else s for s in _listed(stores)]
+    names = {store.url: store.grids() for store in opened}
+    run_ids = {store.url: [r for r in store.run_ids() if RUN_ID.match(r)] for store in opened}
+    for store in opened:
+        if not names[store.url] and not run_ids[store.url] and grid is None:
+            raise InputError(f"{store.url}: no runs here; launch a grid into this store or check its path")
+    wanted = None if grid is None else list(_listed(grid))
+    for name in wanted or ():
+        _check_grid(name, opened, names)
+    cells, indexes = _planned(opened, names, run_ids, wanted)
+    cells = [cell for cell in cells if runs is None or cell["run_id"] in runs]
+    held = {url: set(ids) for url, ids in run_ids.items()}
+    homes = {
+        run_id: [store for store in opened if run_id in held[store.url]] or opened[:1]
+        for run_id in dict.fromkeys(cell["run_id"] for cell in cells)
+    }
+    readings = _read_all(homes, frozenset(kinds), lists=lists, between=between, step_rows=step_rows)
+    if runs is None and readings and all(reading.too_new for reading in readings.values()):
+        first = next(iter(readings.values()))
+        raise InputError(f"{first.store.url}: {first.notes[0]}")
+    return _frames(", ".join(store.url for store in opened), indexes, cells, readings)
 
 
-def long_dtypes(kind: str) -> dict[str, str]:
-    """Columns of a long frame: the record's scalar fields. Lists (whole spectra) stay in the store."""
-    columns = {"run_id": "string", "arm": "string", "seed": "int64"}
-    for field in fields(RECORD_TYPES[kind]):
-        if field.name != "run" and str(field.type) in _SCALARS:
-            columns[field.name] = _SCALARS[str(field.type)]
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def long_dtypes(kind: str, *, lists: bool = False) -> dict[str, Any]:
+    """Columns of a long frame: the record's fields, lists only where asked for."""
+    columns: dict[str, Any] = {"run_id": "category", "arm": "category", "seed": "int64"}
+    columns |= _fields(kind, lists=lists)
+    if kind == "steps":
+        columns |= dict.fromkeys(ENVELOPES, "float64")
     return columns
+
+
+def _fields(kind: str, *, lists: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for field in fields(RECORD_TYPES[kind]):
+        if str(field.type) in _DTYPES:
+            found[field.name] = _DTYPES[str(field.type)]
+        elif lists:
+            found[field.name] = LISTS
+    del found["run"]
+    return found
+
+
+# What there is
+
+
+def _check_grid(name: str, stores: Sequence[RunStore], names: Mapping[str, Sequence[str]]) -> None:
+    known = sorted({grid for found in names.values() for grid in found})
+    if name not in known:
+        urls = ", ".join(store.url for store in stores)
+        hint = did_you_mean(name, known) or f"; the store holds no grid at all: check the path {urls}"
+        raise InputError(f'{urls}: no grid "{name}"{hint}')
+
+
+def _planned(
+    stores: Sequence[RunStore],
+    names: Mapping[str, Sequence[str]],
+    run_ids: Mapping[str, Sequence[str]],
+    wanted: Sequence[str] | None,
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The cells of all grids and the runs outside them, each once, and the index of every grid."""
+    cells: dict[str, dict[str, Any]] = {}
+    indexes: dict[str, dict[str, Any]] = {}
+    for store in stores:
+        for name in names[store.url] if wanted is None else wanted:
+            if name not in names[store.url]:
+                continue
+            index = _index(store, name)
+            known = indexes.setdefault(name, index)
+            known["arms"] = {**index["arms"], **known["arms"]}
+            known["axes"] = list(dict.fromkeys([*known["axes"], *index["axes"]]))
+            for cell in _cells(name, index):
+                cells.setdefault(json.dumps([name, cell["run_id"], cell["axes"]], default=str), cell)
+    listed = {cell["run_id"] for cell in cells.values()}
+    if wanted is None:
+        for run_id in dict.fromkeys(r for store in stores for r in run_ids[store.url]):
+            if run_id not in listed:
+                cells[run_id] = {"run_id": run_id, "grid": "", "axes": {}}
+    return list(cells.values()), indexes
 
 
 def _index(store: RunStore, name: str) -> dict[str, Any]:
     try:
-        index = store.grid_index(name)
-    except (NotFound, DamagedError) as error:
+        index = migrated(store.grid_index(name), "index")
+    except TooNewError as error:
+        raise InputError(f"{store.url}/grids/{name}.json: {error}") from None
+    except (NotFound, DamagedError, ValueError) as error:
         raise InputError(f"{error}; launch the grid again to rewrite it") from None
     return {"arms": {}, "axes": [], **index}
 
@@ -128,18 +239,214 @@ def _cells(name: str, index: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         yield {"axes": {}, **cell, **kinds, "grid": name}
 
 
+# What is read of it
+
+
+def _read_all(
+    homes: Mapping[str, Sequence[RunStore]],
+    kinds: Collection[str],
+    *,
+    lists: bool,
+    between: Steps | None,
+    step_rows: int | None,
+) -> dict[str, _Reading]:
+    with ThreadPoolExecutor(READERS) as pool:
+        readings = dict(zip(homes, pool.map(lambda r: _Reading(_home(r, homes[r]), r), homes), strict=True))
+        total = sum(reading.step for reading in readings.values())
+        stride = -(-total // step_rows) if step_rows and total else 1
+        work = [
+            pool.submit(reading.read, kinds, lists=lists, between=between, stride=stride)
+            for reading in readings.values()
+        ]
+        for done in work:
+            done.result()
+    return readings
+
+
+def _home(run_id: str, stores: Sequence[RunStore]) -> RunStore:
+    """The store to read a run from, of those that have it."""
+    if len(stores) > 1:
+        for store in stores:
+            if store.objects.exists(f"runs/{run_id}/{SUMMARY}"):
+                return store
+    return stores[0]
+
+
+class _Reading:
+    """What the store holds of one run: its facts at once, its records by `read`."""
+
+    def __init__(self, store: RunStore, run_id: str) -> None:
+        self.notes: list[str] = []
+        self.run_id = run_id
+        self.store = store
+        self.stride = 1
+        self.too_new = False
+        self.entries = store.objects.entries(f"runs/{run_id}")
+        self.config = self._json(CONFIG, store.config)
+        self.summary = self._json(SUMMARY, store.summary)
+        self.state = self.summary or self._json(STATUS, store.status)
+        self.run = self._parse()
+        self.status = str(self.state.get("status") or PENDING)
+        self.tables: dict[str, pa.Table] = {}
+        self.evals: list[tuple[int, float]] = []
+        self.verdict: Verdict | None = None
+        self._seen = 0
+        self._nonfinite_at: int | None = None
+
+    def _json(self, name: str, get: Callable[[str], dict[str, Any] | None]) -> dict[str, Any]:
+        if not any(entry.key.endswith(f"{self.run_id}/{name}") for entry in self.entries):
+            return {}
+        try:
+            value = get(self.run_id) or {}
+            return migrated(value, name) if name != STATUS else value
+        except TooNewError as error:
+            self.too_new = True
+            self.notes.append(f"{self.run_id}: {name} {error}")
+        except (StoreError, ValueError) as error:
+            self.notes.append(f"{self.run_id}: {name} cannot be read ({error})")
+        return {}
+
+    def _parse(self) -> RunConfig | None:
+        if not self.config:
+            return None
+        try:
+            return RunConfig.model_validate(self.config.get("config"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            self.notes.append(f"{self.run_id}: config.json is not of this version ({where}: {first['msg']})")
+            return None
+
+    def read(self, kinds: Collection[str], *, lists: bool, between: Steps | None, stride: int) -> None:
+        """Fill `tables` with the records of `kinds`, and judge the run."""
+        if self.too_new:
+            return
+        self.stride = stride
+        facts = len(self.notes)
+        alarms: list[str] = []
+        for kind in KINDS:
+            if kind not in kinds and kind not in ("steps", "evals"):
+                continue
+            columns = list(_fields(kind, lists=lists))
+            if kind not in kinds:
+                columns = ["step", "val_loss"] if kind == "evals" else ["step", "loss", "grad_norm"]
+            whole = kind in ("steps", "evals")
+            table = self._table(kind, columns, None if whole else between, alarms)
+            if table is not None and table.num_rows:
+                self._take(kind, table, wanted=kind in kinds, between=between)
+        if self.tables and not self.config and len(self.notes) == facts:
+            self.notes.append(f"{self.run_id}: has records and no config.json, so it cannot be judged")
+        self.verdict = self._judge()
+        if len(self.notes) == facts:
+            self.notes += [f"{self.run_id}: {line}" for line in alarms]
+
+    def _take(self, kind: str, table: pa.Table, *, wanted: bool, between: Steps | None) -> None:
+        self._seen = max(self._seen, table["step"][-1].as_py())
+        if kind == "evals":
+            self.evals = list(zip(table["step"].to_pylist(), table["val_loss"].to_pylist(), strict=True))
+        if kind == "steps":
+            step = table["step"].to_numpy()
+            finite = np.isfinite(table["loss"].to_numpy()) & np.isfinite(table["grad_norm"].to_numpy())
+            self._nonfinite_at = None if finite.all() else int(step[~finite][0])
+            if wanted:
+                table = thinned(table, self.stride)
+                if between:
+                    step = table["step"].to_numpy()
+                    table = table.filter(pa.array((step >= between[0]) & (step <= between[1])))
+        if wanted:
+            self.tables[kind] = table
+
+    def _table(
+        self, kind: str, columns: list[str], steps: Steps | None, alarms: list[str]
+    ) -> pa.Table | None:
+        try:
+            for _ in range(3):
+                try:
+                    rows = read(self.store.objects, self.entries, kind, columns=columns, steps=steps)
+                except (
+                    NotFound,
+                    DamagedError,
+                ) as error:  # or compacted by another process since it was listed
+                    before, self.entries = self.entries, self.store.objects.entries(f"runs/{self.run_id}")
+                    if self.entries == before:
+                        raise StoreError(str(error)) from None
+                else:
+                    alarms += rows.alarms.values()
+                    return rows.table
+            raise StoreError("it is rewritten all the time")
+        except (StoreError, ValueError) as error:
+            self.notes.append(f"{self.run_id}: {kind} cannot be read ({error})")
+            return None
+
+    @property
+    def horizon(self) -> int | None:
+        if self.run is not None:
+            return self.run.schedule.steps
+        horizon = self.state.get("horizon", self.state.get("steps"))
+        return horizon if isinstance(horizon, int) else None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, as far as is known."""
+        said = self.state.get("steps" if self.summary else "step")
+        return max(self._seen, said if isinstance(said, int) else 0)
+
+    def _judge(self) -> Verdict | None:
+        if self.run is None or not self.evals:
+            return None
+        verdict = judge(
+            self.evals, self.run.schedule.steps, self.run.stability, nonfinite_at=self._nonfinite_at
+        )
+        said = self.summary.get("verdict")
+        if isinstance(said, dict) and bool(said.get("unstable")) != verdict.unstable:
+            was = "unstable" if said.get("unstable") else "stable"
+            now = "unstable" if verdict.unstable else "stable"
+            self.notes.append(f"{self.run_id}: its summary says {was}, its evaluations say {now}")
+        return verdict
+
+
+def thinned(table: pa.Table, stride: int) -> pa.Table:
+    """Every `stride`-th step and the last, with the extremes of the steps up to each; see `load`."""
+    step = table["step"].to_numpy()
+    kept = np.flatnonzero(step % stride == 0) if stride > 1 else np.arange(len(step))
+    if not len(kept) or kept[-1] != len(step) - 1:
+        kept = np.append(kept, len(step) - 1)
+    starts = np.append(0, kept[:-1] + 1)
+    kept_rows = table.take(pa.array(kept)) if len(kept) < len(step) else table
+    for name, source in ENVELOPES.items():
+        values = table[source].to_numpy()
+        if name.endswith("_max"):
+            extremes = np.maximum.reduceat(np.where(np.isnan(values), np.inf, values), starts)
+        else:
+            extremes = np.fmin.reduceat(np.where(np.isinf(values), np.nan, values), starts)
+        kept_rows = kept_rows.append_column(name, pa.array(extremes))
+    return kept_rows
+
+
+# Frames
+
+
 def _frames(
-    store: RunStore, grid: str | None, indexes: Mapping[str, Mapping[str, Any]], cells: list[dict[str, Any]]
+    store: str,
+    indexes: Mapping[str, Mapping[str, Any]],
+    cells: list[dict[str, Any]],
+    readings: Mapping[str, _Reading],
 ) -> Frames:
-    readings = {run_id: _Reading(store, run_id) for run_id in dict.fromkeys(c["run_id"] for c in cells)}
+    grid = next(iter(indexes)) if len(indexes) == 1 else None
     axes = tuple(dict.fromkeys(str(path) for index in indexes.values() for path in index["axes"]))
     rows = [_row(cell, readings[cell["run_id"]]) for cell in cells]
     _label(rows, axes)
     arms = dict.fromkeys([str(arm) for index in indexes.values() for arm in index["arms"]])
     arms |= dict.fromkeys(row["arm"] for row in rows)
     owners = {row["run_id"]: row for row in rows}
+    notes = [note for reading in readings.values() for note in reading.notes]
+    stride = max((reading.stride for reading in readings.values()), default=1)
+    if stride > 1:
+        notes.append(
+            f"steps: every {stride}th of each run, with the extremes of loss and gradient norm between"
+        )
     return Frames(
-        store=store.url,
+        store=store,
         grid=grid,
         description=str(indexes[grid].get("description") or "") if grid else "",
         arms=tuple(arms),
@@ -155,102 +462,17 @@ def _frames(
         costs=_long("costs", readings, owners),
         verdicts={r: reading.verdict for r, reading in readings.items() if reading.verdict},
         configs={r: reading.config for r, reading in readings.items() if reading.config},
-        notes=tuple(note for reading in readings.values() for note in reading.notes),
+        states={r: reading.state for r, reading in readings.items() if reading.state},
+        urls={r: f"{reading.store.url}/runs/{r}" for r, reading in readings.items()},
+        stride=stride,
+        notes=tuple(notes),
     )
-
-
-class _Reading:
-    """What the store holds of one run."""
-
-    def __init__(self, store: RunStore, run_id: str) -> None:
-        self.notes: list[str] = []
-        self.run_id = run_id
-        self.config = self._json("config.json", store.config)
-        self.summary = self._json("summary.json", store.summary)
-        self.state = self.summary or self._json("status.json", store.status)
-        self.run = self._parse()
-        known = bool(self.config or self.state)
-        self.records = {kind: self._table(store, kind, known=known) for kind in RECORD_TYPES}
-        self.status = str(self.state.get("status") or PENDING)
-        self.verdict = self._judge()
-        if known and not self.notes:
-            self.notes += [f"{run_id}: {line}" for line in store.conflicts(run_id)]
-
-    def _json(self, name: str, read: Any) -> dict[str, Any]:
-        try:
-            value = read(self.run_id) or {}
-        except (StoreError, ValueError) as error:
-            self.notes.append(f"{self.run_id}: {name} cannot be read ({error})")
-            return {}
-        return value if isinstance(value, dict) else {}
-
-    def _parse(self) -> RunConfig | None:
-        if not self.config:
-            return None
-        try:
-            return RunConfig.model_validate(self.config.get("config"))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            self.notes.append(f"{self.run_id}: config.json is not of this version ({where}: {first['msg']})")
-            return None
-
-    def _table(self, store: RunStore, kind: str, *, known: bool) -> pd.DataFrame:
-        """Rows of one kind, in the order of their keys, scalar fields alone."""
-        wanted = {name: dtype for name, dtype in long_dtypes(kind).items() if name not in _OWNER}
-        empty = pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in wanted.items()})
-        if not known:
-            return empty
-        try:
-            table = store.table(self.run_id, kind)
-        except (StoreError, ValueError) as error:
-            self.notes.append(f"{self.run_id}: {kind} cannot be read ({error})")
-            return empty
-        frame: pd.DataFrame = table.select(list(wanted)).to_pandas()
-        return frame.astype(wanted)
-
-    @property
-    def horizon(self) -> int | None:
-        if self.run is not None:
-            return self.run.schedule.steps
-        horizon = self.state.get("horizon", self.state.get("steps"))
-        return horizon if isinstance(horizon, int) else None
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done, as far as the store knows."""
-        said = self.state.get("steps" if self.summary else "step")
-        seen = [int(frame["step"].max()) for frame in self.records.values() if len(frame)]
-        return max([*seen, said if isinstance(said, int) else 0])
-
-    def _judge(self) -> Verdict | None:
-        evals, steps = self.records["evals"], self.records["steps"]
-        if self.run is None or evals.empty:
-            return None
-        finite = steps["loss"].map(math.isfinite) & steps["grad_norm"].map(math.isfinite)
-        bad = steps.loc[~finite, "step"]
-        verdict = judge(
-            list(zip(evals["step"].astype(int).tolist(), evals["val_loss"].tolist(), strict=True)),
-            self.run.schedule.steps,
-            self.run.stability,
-            nonfinite_at=int(bad.min()) if len(bad) else None,
-        )
-        said = self.summary.get("verdict")
-        if isinstance(said, dict) and bool(said.get("unstable")) != verdict.unstable:
-            was = "unstable" if said.get("unstable") else "stable"
-            now = "unstable" if verdict.unstable else "stable"
-            self.notes.append(f"{self.run_id}: its summary says {was}, its evaluations say {now}")
-        return verdict
-
-
-_OWNER = ("run_id", "arm", "seed")
 
 
 def _row(cell: Mapping[str, Any], reading: _Reading) -> dict[str, Any]:
     run = reading.run
     arm, _, seed = reading.run_id.rpartition("-")[0].rpartition("-s")
-    losses = reading.records["evals"]["val_loss"]
-    finite = losses[losses.map(math.isfinite)]
+    losses = [loss for _, loss in reading.evals]
     verdict = reading.verdict
     return {
         "run_id": reading.run_id,
@@ -266,8 +488,8 @@ def _row(cell: Mapping[str, Any], reading: _Reading) -> dict[str, Any]:
         "step": reading.step,
         "horizon": reading.horizon,
         "final_val_loss": _final(reading),
-        "last_val_loss": losses.iloc[-1] if len(losses) else math.nan,
-        "best_val_loss": finite.min() if len(finite) else math.nan,
+        "last_val_loss": losses[-1] if losses else math.nan,
+        "best_val_loss": min(filter(math.isfinite, losses), default=math.nan),
         "unstable": verdict.unstable if verdict else None,
         "first_bad": verdict.first_bad if verdict else None,
         "rules": "; ".join(_bracket(r.rule, r.last_good, r.step) for r in verdict.rules) if verdict else "",
@@ -279,11 +501,9 @@ def _row(cell: Mapping[str, Any], reading: _Reading) -> dict[str, Any]:
 
 def _final(reading: _Reading) -> float:
     """Loss at the end of the schedule; +inf where a finished run has none, NaN before the end."""
-    evals = reading.records["evals"]
-    if reading.status not in FINISHED or (reading.status == COMPLETED and evals.empty):
+    if reading.status not in FINISHED or (reading.status == COMPLETED and not reading.evals):
         return math.nan
-    last = float(evals["val_loss"].iloc[-1]) if len(evals) else math.nan
-    evaluated = int(evals["step"].iloc[-1]) if len(evals) else 0
+    evaluated, last = reading.evals[-1] if reading.evals else (0, math.nan)
     cut_short = reading.horizon is not None and evaluated < reading.horizon
     if (reading.status == DIVERGED and cut_short) or not math.isfinite(last):
         return math.inf
@@ -350,14 +570,51 @@ def _runs_frame(rows: list[dict[str, Any]], axes: tuple[str, ...]) -> pd.DataFra
 
 
 def _long(kind: str, readings: Mapping[str, _Reading], owners: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
-    """The records of every run, ordered by run and by key."""
-    dtypes = long_dtypes(kind)
-    parts = []
-    for run_id, reading in readings.items():
-        frame = reading.records[kind]
-        if len(frame):
-            owner = owners[run_id]
-            parts.append(frame.assign(run_id=run_id, arm=owner["arm"], seed=owner["seed"]))
-    if not parts:
+    """The records of every run, ordered by run and by key. The readings lose them."""
+    found = {r: table for r, reading in readings.items() if (table := reading.tables.pop(kind, None))}
+    lists = any(pa.types.is_list(field.type) for table in found.values() for field in table.schema)
+    dtypes = long_dtypes(kind, lists=lists)
+    if not found:
         return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in dtypes.items()})
-    return pd.concat(parts, ignore_index=True)[list(dtypes)].astype(dtypes)
+    lengths = [table.num_rows for table in found.values()]
+    arms = [owners[run_id]["arm"] for run_id in found]
+    columns: dict[str, Any] = {
+        "run_id": _repeated(list(found), lengths),
+        "arm": _repeated(arms, lengths),
+        "seed": np.repeat(np.array([owners[run_id]["seed"] for run_id in found], dtype=np.int64), lengths),
+    }
+    whole = pa.concat_tables(found.values())
+    del found
+    for name, dtype in dtypes.items():
+        if name not in columns:
+            columns[name] = _column(whole[name], dtype)
+            whole = whole.drop_columns([name])
+    return pd.DataFrame(columns, copy=False)[list(dtypes)]
+
+
+def _repeated(values: Sequence[str], lengths: Sequence[int]) -> pd.Categorical:
+    """Each value as often as its length says; categories in the order of the values."""
+    categories = list(dict.fromkeys(values))
+    place = {value: i for i, value in enumerate(categories)}
+    codes = np.repeat(np.array([place[value] for value in values], dtype=np.int32), lengths)
+    return pd.Categorical.from_codes(codes, categories=pd.Index(categories, dtype="string"))
+
+
+def _column(values: pa.ChunkedArray, dtype: Any) -> Any:
+    if dtype is LISTS:
+        return pd.arrays.ArrowExtensionArray(values)
+    if dtype != "category":
+        return values.to_numpy()
+    coded = values.dictionary_encode().unify_dictionaries().combine_chunks()
+    coded = coded.chunk(0) if isinstance(coded, pa.ChunkedArray) else coded
+    found = coded.dictionary.to_pylist()
+    order = sorted(range(len(found)), key=lambda i: _natural(found[i]))
+    places = np.empty(len(found), dtype=np.int32)
+    places[order] = np.arange(len(found))
+    categories = pd.Index([found[i] for i in order], dtype="string")
+    return pd.Categorical.from_codes(places[coded.indices.to_numpy()], categories=categories)
+
+
+def _natural(name: str) -> list[Any]:
+    """Sorts `h.2` before `h.10`."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]

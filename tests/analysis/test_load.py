@@ -1,14 +1,23 @@
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from synthetic import Run, curve, grid_index, paper_like, write_run, write_store
 
-from analysis.load import RUN_DTYPES, load, long_dtypes
+from analysis import versions
+from analysis.load import RUN_DTYPES, load, long_dtypes, thinned
+from mmsweep.grid import INDEX_SCHEMA
+from mmsweep.store import RunStore, open_store
 from trainers.errors import InputError
-from trainers.records import KINDS, AttentionRecord, FlowRecord, HeadRecord, PartWriter
+from trainers.records import KINDS, AttentionRecord, EvalRecord, FlowRecord, HeadRecord, PartWriter
 from trainers.stability import judge
 
 
@@ -270,3 +279,249 @@ def test_several_grids_keep_their_cells_apart(tmp_path):
     assert frames.runs["label"].nunique() == 2
     write_run(store, Run("hetero", 1, curve(2.5)), tmp_path / "more")
     assert len(load(store, grid="again").runs) == 1
+
+
+# Many stores and parts of them
+
+
+def test_several_stores_are_one_sweep(tmp_path):
+    """Each run from where it has ended; the grid's cells once."""
+    a, b, c = (Run("hetero", seed, curve(2.4 + seed)) for seed in range(3))
+    index = grid_index([a, b, c])
+    begun = Run("hetero", 1, curve(9.9)[:3], status="running")
+    first = write_store(tmp_path / "first", [a, begun], index=index)
+    second = write_store(tmp_path / "second", [b, c], index=index)
+    frames = load([first, second.url])
+    assert frames.store == f"{first.url}, {second.url}"
+    assert frames.grid == "quickstart"
+    assert frames.runs["run_id"].tolist() == [run.run_id for run in (a, b, c)]
+    assert frames.runs["final_val_loss"].tolist() == [2.4, 3.4, 4.4]
+    assert frames.urls[b.run_id] == f"{second.url}/runs/{b.run_id}"
+    assert load([second, first]).runs["final_val_loss"].tolist() == [2.4, 3.4, 4.4]
+    with pytest.raises(InputError, match="no runs here"):
+        load([first, str(tmp_path / "nowhere")])
+
+
+def test_several_grids_by_name(tmp_path):
+    runs = [Run("hetero", seed, curve(2.4)) for seed in range(3)]
+    store = write_store(tmp_path, runs, index=grid_index(runs[:1], name="a"))
+    for name, run in zip(("b", "c"), runs[1:], strict=True):
+        store.put_grid(name, "", grid_index([run], name=name))
+    frames = load(store, grid=["a", "c"])
+    assert frames.grid is None
+    assert frames.runs["run_id"].tolist() == [runs[0].run_id, runs[2].run_id]
+    with pytest.raises(InputError, match='no grid "d"'):
+        load(store, grid=["a", "d"])
+
+
+def test_a_selection_is_that_part_of_the_whole(paper_store, paper_frames):
+    run_ids = paper_frames.runs["run_id"].tolist()[3:5]
+    part = load(paper_store, runs=run_ids, kinds=["spectra"], between=(50, 100))
+    assert part.runs["run_id"].tolist() == run_ids
+    assert part.steps.empty
+    assert part.evals.empty
+    whole = paper_frames.spectra
+    wanted = whole[whole["run_id"].isin(run_ids) & whole["step"].between(50, 100)]
+    assert part.spectra.astype(str).to_numpy().tolist() == wanted.astype(str).to_numpy().tolist()
+    for run_id in run_ids:  # judged by all evaluations, whatever is asked for
+        assert part.verdicts[run_id] == paper_frames.verdicts[run_id]
+    windowed = load(paper_store, between=(50, 100))
+    assert windowed.steps["step"].between(50, 100).all()
+    assert len(windowed.steps) == paper_frames.steps["step"].between(50, 100).sum() > 0
+    assert len(windowed.evals) == len(paper_frames.evals)
+
+
+def test_lists_come_where_they_are_asked_for(paper_store, paper_frames):
+    assert not {"sigma", "gram_diag"} & set(paper_frames.spectra)
+    spectra = load(paper_store, kinds=["spectra"], lists=True).spectra
+    assert dtypes(spectra) == {name: str(dtype) for name, dtype in long_dtypes("spectra", lists=True).items()}
+    assert [max(values) for values in spectra["sigma"]] == spectra["sigma_max"].tolist()
+    nothing = load(paper_store, kinds=["evals"], lists=True).spectra
+    assert nothing.empty
+
+
+def test_ids_are_categories_in_the_order_of_the_grid(tmp_path):
+    runs = [Run(arm, seed, curve(2.4)) for arm in ("unconstrained", "hetero") for seed in (1, 0)]
+    store = write_store(tmp_path, runs)
+    writer = PartWriter(tmp_path / "more", 2)
+    for layer in (1, 10, 2):
+        values = (2.0, 1.0, 0.02, 9.0, 1.5, 0.7)
+        writer.append(FlowRecord(runs[0].run_id, 2, 10, f"h.{layer}.mlp.c_fc", layer, "mlp", *values))
+    writer.roll()
+    store.ship(runs[0].run_id, tmp_path / "more")
+    frames = load(store)
+    assert frames.evals["run_id"].cat.categories.tolist() == [run.run_id for run in runs]
+    assert frames.evals["arm"].cat.categories.tolist() == ["unconstrained", "hetero"]
+    matrices = [f"h.{layer}.mlp.c_fc" for layer in (1, 2, 10)]
+    assert frames.flow["matrix"].cat.categories.tolist() == matrices
+    # Rows keep the order of the store's keys.
+    assert frames.flow["matrix"].tolist() == [matrices[i] for i in (0, 2, 1)]
+
+
+@pytest.mark.parametrize("seen", ["parts", "old parquet"])
+def test_a_run_that_is_compacted_meanwhile_loads(tmp_path, seen):
+    """What was listed is gone, or is another file, when it is read."""
+    run = Run("hetero", 0, curve(2.4), status="running")
+    store = write_store(tmp_path, [run])
+    if seen == "old parquet":
+        store.compact(run.run_id)
+        writer = PartWriter(tmp_path / "more", 2)
+        writer.append(EvalRecord(run.run_id, 2, 325, 1, 2.0, 2.0, 1e9))
+        writer.roll()
+        store.ship(run.run_id, tmp_path / "more")
+    expected = load(store)
+
+    class Compacting:
+        """Compacts after it has told what is there."""
+
+        def __getattr__(self, name):
+            return getattr(store.objects, name)
+
+        def entries(self, prefix):
+            listed = store.objects.entries(prefix)
+            store.compact(run.run_id)
+            return listed
+
+    frames = load(RunStore(Compacting()))
+    assert frames.notes == ()
+    assert len(frames.evals) == len(expected.evals) == (13 if seen == "parts" else 14)
+    assert len(frames.steps) == len(expected.steps) > 0
+
+
+# Thinning
+
+
+floats = st.floats(allow_nan=True, allow_infinity=True)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 60), floats, floats), min_size=1, max_size=40, unique_by=lambda r: r[0]
+    ),
+    st.integers(1, 25),
+)
+def test_thinning_keeps_every_kth_step_and_all_extremes(rows, k):
+    rows = sorted(rows)
+    columns = dict(zip(("step", "loss", "grad_norm"), zip(*rows, strict=True), strict=True))
+    table = thinned(pa.table({name: pa.array(values) for name, values in columns.items()}), k).to_pylist()
+    last = rows[-1][0]
+    assert [row["step"] for row in table] == [s for s, *_ in rows if s % k == 0 or s == last]
+    before = -1
+    for row in table:
+        inside = [r for r in rows if before < r[0] <= row["step"]]
+        before = row["step"]
+        for place, name in ((1, "loss"), (2, "grad_norm")):
+            values = [r[place] for r in inside]
+            finite = [v for v in values if math.isfinite(v)]
+            highest = max(math.inf if math.isnan(v) else v for v in values)
+            assert row[f"{name}_max"] == highest
+            lowest = row[f"{name}_min"]
+            assert lowest == min(finite) if finite else math.isnan(lowest)
+            assert repr(row[name]) == repr(values[-1])
+
+
+def long_run(seed: int, status: str, **at: float) -> Run:
+    """1,000 steps, with the loss given at some."""
+    losses = np.linspace(5, 3, 1_000)
+    for step, loss in at.items():
+        losses[int(step[1:]) - 1] = loss
+    steps = {"steps": 1_000, "every": 250, "step_losses": losses, "step_grads": losses / 5}
+    return Run("hetero", seed, curve(3.0, n=5), status=status, **steps)
+
+
+def test_many_steps_are_thinned_and_no_spike_is_lost(tmp_path):
+    runs = [long_run(0, "completed", s333=40.0), long_run(1, "running", s777=math.nan)]
+    store = write_store(tmp_path, runs)
+    whole = load(store)
+    assert (whole.stride, len(whole.steps), whole.notes) == (1, 2_000, ())
+    frames = load(store, step_rows=100)
+    assert frames.stride == 20
+    assert frames.notes == (
+        "steps: every 20th of each run, with the extremes of loss and gradient norm between",
+    )
+    assert dtypes(frames.steps) == dtypes(whole.steps) == long_dtypes("steps")
+    first, second = (frames.steps[frames.steps["run_id"] == run.run_id] for run in runs)
+    assert first["step"].tolist() == second["step"].tolist() == [*range(20, 1_001, 20)]
+    assert first.loc[first["loss_max"] == 40.0, "step"].tolist() == [340]
+    assert second.loc[second["loss_max"] == math.inf, "step"].tolist() == [780]
+    assert first["loss"].max() < 5
+    # The verdict knows the very step, which is not among those kept.
+    assert frames.verdicts[runs[1].run_id] == whole.verdicts[runs[1].run_id]
+    assert frames.verdicts[runs[1].run_id].first_bad == 777
+    assert load(store, step_rows=2_000).stride == 1
+    assert load(store, step_rows=1_999).stride == 2
+
+
+# Versions
+
+
+FIRST = Path(__file__).parents[1] / "fixtures" / "schema-1"
+"""A run as the trainer's first commit left it, in parts, and one as the first store compacted it."""
+
+
+def test_runs_of_the_first_version_load(tmp_path):
+    shutil.copytree(FIRST, tmp_path / "store")
+    now = Run("hetero", 7, curve(2.4))
+    write_run(open_store(str(tmp_path / "store")), now, tmp_path / "scratch")
+    frames = load(str(tmp_path / "store"))
+    assert frames.notes == ()
+    assert frames.runs["status"].tolist() == ["completed"] * 3
+    assert frames.runs["unstable"].tolist() == [False] * 3
+    assert frames.runs["final_val_loss"].tolist() == [5.49368143081665, 5.496726036071777, 2.4]
+    old = FIRST / "runs" / "hetero-s0-ad04b551" / "attempt-001"
+    lines = [
+        json.loads(line) for part in sorted(old.glob("steps-*")) for line in part.read_text().splitlines()
+    ]
+    steps = frames.steps[frames.steps["run_id"] == "hetero-s0-ad04b551"]
+    names = [name for name in lines[0] if name in steps]
+    assert len(names) == 10
+    assert steps[names].to_numpy().tolist() == [[line[name] for name in names] for line in lines]
+    assert len(frames.spectra[frames.spectra["run_id"] == "hetero-s0-bfa15fe6"]) == 12
+
+
+def test_versions_migrate_one_by_one():
+    table = {
+        "thing": {
+            1: lambda value: {**value, "lr": value["rate"]},
+            2: lambda value: {name: v for name, v in value.items() if name != "rate"},
+        }
+    }
+
+    def now(value):
+        return versions.migrated(value, "thing", newest={"thing": 3}, migrations=table)
+
+    current = {"lr": 0.1, "schema": 3}
+    assert now({"rate": 0.1}) == now({"rate": 0.1, "schema": 1}) == current
+    assert now({"rate": 0.1, "lr": 0.1, "schema": 2}) == now(current) == current
+    with pytest.raises(versions.TooNewError, match=r"is of schema 4, .* reads up to 3"):
+        now({"schema": 4})
+    for broken in (0, -1, True, "1", None, 1.0):
+        with pytest.raises(ValueError, match="not a version"):
+            now({"schema": broken})
+
+
+def test_every_version_has_a_way_to_the_present_one():
+    assert versions.NEWEST["index"] == INDEX_SCHEMA
+    for what, newest in versions.NEWEST.items():
+        assert set(versions.MIGRATIONS[what]) == set(range(1, newest))
+
+
+# The benchmark
+
+
+def test_the_benchmark_of_loading_runs(tmp_path):
+    import subprocess
+    import sys
+
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "benchmarks/loading.py", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    (path,) = tmp_path.glob("loading-*-quick.json")
+    result = json.loads(path.read_text())
+    assert done.stdout == path.with_suffix(".md").read_text()
+    assert "smoke test" in done.stdout
+    rows = {"steps": 5_000, "evals": 10, "runs": 5}
+    for way in ("cold", "warm", "baseline"):
+        assert result["large"][way]["rows"] == rows
+    assert result["large"]["cold"]["notes"] == result["sweep"]["load"]["notes"] == 0
