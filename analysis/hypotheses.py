@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.load import Frames
-from analysis.stats import Interval, clopper_pearson, paired_t
+from analysis.stats import SPIKE_SIGMAS, Interval, clopper_pearson, paired_t, spikes
 from analysis.tables import Text, three_digits
 from trainers.records import FINISHED
 
@@ -34,7 +34,6 @@ NO_DATA = "no data"
 
 MARGIN = 0.0135
 """Nats per token: the gap of losses that this project sets out to resolve. H5 calls less no benefit."""
-SPIKE_SIGMAS = 7.0
 SPIKE_WINDOW = 1000
 """Spike score of OLMo 2 (arXiv 2501.00656): values 7 standard deviations from a mean over 1,000."""
 SHORT_WINDOW = 20
@@ -355,8 +354,8 @@ def measures(frames: Frames) -> pd.DataFrame:
     horizons = dict(zip(runs["run_id"], runs["horizon"], strict=True))
     steps = {
         str(run_id): _of_steps(rows, horizons[run_id])
-        for run_id, rows in frames.steps.groupby("run_id")
-        if not pd.isna(horizons.get(run_id))
+        for run_id, rows in frames.steps.groupby("run_id", observed=True)
+        if not pd.isna(horizons.get(run_id)) and frames.stride == 1  # of thinned steps they mean nothing
     }
     for i, measure in enumerate((SPIKES, LOSS_SPREAD, GRAD_SPREAD)):
         table[measure.column] = [steps.get(r, (math.nan,) * 3)[i] for r in table["run_id"]]
@@ -383,23 +382,16 @@ def _of_steps(rows: pd.DataFrame, horizon: int) -> tuple[float, float, float]:
 
 
 def spike_score(losses: np.ndarray[Any, np.dtype[np.float64]], horizon: int) -> float:
-    """Share of the step losses that are at least 7 standard deviations above the mean of those before.
+    """Share of the step losses that are spikes (`analysis.stats.spikes`).
 
     The window is the 1,000 losses before, as in OLMo 2 (arXiv 2501.00656); in a run of fewer than 10,000
     steps a tenth of its horizon, at least 20. The losses of the first window have none and are not
-    counted. A loss that is not finite is a spike and in no window. NaN where nothing can be counted.
+    counted. NaN where nothing can be counted.
     """
     window = min(SPIKE_WINDOW, max(SHORT_WINDOW, horizon // 10))
-    finite = losses[np.isfinite(losses)]
-    spikes = not_finite = len(losses) - len(finite)
-    counted = max(len(finite) - window, 0)
-    for start in range(0, counted, 4096):  # in blocks: the windows of a long run would fill memory
-        value = finite[start + window : start + window + 4096]
-        before = np.lib.stride_tricks.sliding_window_view(finite[start:], window)[: len(value)]
-        excess = value - before.mean(axis=1)
-        spikes += int(((excess > 0) & (excess >= SPIKE_SIGMAS * before.std(axis=1))).sum())
-    counted += not_finite
-    return spikes / counted if counted else math.nan
+    finite = int(np.isfinite(losses).sum())
+    counted = max(finite - window, 0) + len(losses) - finite
+    return int(spikes(losses, window=window).sum()) / counted if counted else math.nan
 
 
 def spread(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:

@@ -6,14 +6,18 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import integrate, stats
 
 SIGN_FLIP_LEAST = 6
 """Pairs below which no sign-flip test reaches p < .05: the smallest p is 2 / 2^n."""
 SIGN_FLIP_MOST = 20
 """Pairs up to which all 2^n signs are tried."""
+SPIKE_SIGMAS = 7.0
+"""As in OLMo 2 (arXiv 2501.00656)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,3 +242,58 @@ def lr_sensitivity(runs: Iterable[tuple[float, float]], *, within: float = 4.0) 
     spread = max(around) - min(around) if len(around) > 1 else math.nan
     at_edge = best in (min(losses), max(losses))
     return LrSensitivity(best, losses[best], at_edge, spread, len(around), diverged)
+
+
+def sign_test(above: int, below: int) -> float:
+    """Two-sided exact p of as uneven a split of `above + below` fair coins; NaN where there are none.
+
+    Source: Arbuthnott 1710; Conover 1999, Practical Nonparametric Statistics, §3.4.
+    """
+    n = above + below
+    return float(min(1.0, 2 * stats.binom.cdf(min(above, below), n, 0.5))) if n else math.nan
+
+
+def median_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Median with its exact interval between two order statistics: whatever the distribution, the true
+    median lies in it with probability `level` at least. Values may be infinite. No bounds where even the
+    extremes hold less than `level`, which is below six values at .95. Source: Thompson 1936.
+
+    Raises:
+        ValueError: a value is NaN.
+    """
+    if any(math.isnan(value) for value in values):
+        raise ValueError("values must not be NaN")
+    ordered, n = sorted(values), len(values)
+    if not n:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    lower, upper = ordered[(n - 1) // 2], ordered[n // 2]
+    middle = lower if lower == upper else (lower + upper) / 2  # -inf and +inf have none
+    outside = int(stats.binom.ppf((1 - level) / 2, n, 0.5))  # most that may be cut from either side
+    while outside and stats.binom.cdf(outside - 1, n, 0.5) > (1 - level) / 2:
+        outside -= 1
+    if not outside:
+        return Interval(middle, math.nan, math.nan, n)
+    return Interval(middle, ordered[outside - 1], ordered[n - outside], n)
+
+
+def spikes(
+    values: Sequence[float] | np.ndarray[Any, np.dtype[np.float64]],
+    *,
+    window: int,
+    sigmas: float = SPIKE_SIGMAS,
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which values lie at least `sigmas` standard deviations above the mean of the `window` before.
+
+    A value that is not finite is a spike, and in no window; a finite one with fewer than `window` finite
+    ones before it is none. Source: the spike score of OLMo 2 (arXiv 2501.00656), there over 1,000 steps.
+    """
+    array = np.asarray(values, dtype=float)
+    finite = np.isfinite(array)
+    known = pd.Series(array[finite])
+    before = known.rolling(window).agg(["mean", "std"]).shift(1)
+    excess = known - before["mean"]
+    spread = before["std"] * math.sqrt((window - 1) / window)  # of the window itself, as in the source
+    found: np.ndarray[Any, np.dtype[np.bool_]] = ~finite
+    # Rounding of equal values is no spike.
+    found[finite] = ((excess >= sigmas * spread) & (excess > 1e-9 * known.abs())).to_numpy()
+    return found

@@ -1,4 +1,5 @@
-"""Tables as functions of frames: numbers first (`t1`, `t4`, `modular`), then the same as text and as CSV."""
+"""Tables as functions of frames: numbers first (`t1` to `t4`, `modular`), then the same as text and as
+CSV. `analysis.typeset` writes them for papers and pages."""
 
 from __future__ import annotations
 
@@ -53,6 +54,7 @@ def t1(frames: Frames) -> pd.DataFrame:
     t interval, number of pairs and two-sided p of the t test (`_p`) and of the exact sign-flip test
     (`_sign_p`, up to 20 pairs). `_role` is primary for the predeclared contrasts and exploratory for the
     others; `_holm` adjusts `_p` over the primary ones of the table, those without data yet among them.
+    `run_ids`: the finished runs.
     """
     rows = []
     references = [arm for arm in REFERENCES if arm in set(frames.runs["arm"])]
@@ -66,10 +68,12 @@ def t1(frames: Frames) -> pd.DataFrame:
         row["attn_sigma_max"] = sigma.reindex(runs.loc[runs["status"].isin(FINISHED), "run_id"]).median()
         if published:
             row["published"] = PUBLISHED.get(row["arm"], "")
+        row["run_ids"] = " ".join(runs.loc[runs["status"].isin(FINISHED), "run_id"])
         rows.append(row)
     _adjust(rows, references)
     table = pd.DataFrame(rows)
-    table["rank"] = pd.array(ranks(table["final_median"].tolist()), dtype="Int64")
+    places = pd.Series(ranks(table["final_median"].tolist()), dtype="Int64")
+    table.insert(len(table.columns) - 1, "rank", places)
     return table
 
 
@@ -221,12 +225,12 @@ def _t1_row(
 
 def _p_values(row: Mapping[Any, Any], reference: str) -> dict[str, str]:
     name = f"minus_{reference}"
-    adjusted = _p(row[f"{name}_holm"]) if row[f"{name}_role"] == PRIMARY else row[f"{name}_role"] or "–"
-    flipped = _p(row[f"{name}_sign_p"]) if row[f"{name}_pairs"] >= SIGN_FLIP_LEAST else "–"
+    adjusted = p_cell(row[f"{name}_holm"]) if row[f"{name}_role"] == PRIMARY else row[f"{name}_role"] or "–"
+    flipped = p_cell(row[f"{name}_sign_p"]) if row[f"{name}_pairs"] >= SIGN_FLIP_LEAST else "–"
     return {f"Holm p, − {reference}": adjusted, f"sign-flip p, − {reference}": flipped}
 
 
-def _p(value: float) -> str:
+def p_cell(value: float) -> str:
     return "< .0001" if value < 0.0001 else _number(value, ".4f")
 
 
@@ -251,6 +255,215 @@ def _t1_notes(table: pd.DataFrame, references: Sequence[str], *, compact: bool) 
     if "published" in table:
         notes.append("published: Table 1 of arXiv 2606.13276, one run per arm.")
     return tuple(notes)
+
+
+_COSTS = {
+    "tokens_per_s": "tokens_per_s",
+    "flop_utilisation": "flop_utilisation",
+    "step_ms": "step_ms",
+    "forward_backward_ms": "forward_backward_ms",
+    "solver_ms": "solver_ms",
+    "retraction_ms": "retraction_ms",
+    "communication_ms": "communication_ms",
+}
+"""Columns of T2 by field of the records."""
+
+
+def t2(frames: Frames) -> pd.DataFrame:
+    """T2: what a run of each arm (and axis cell) costs, in the order of the grid.
+
+    Medians over the `n_costs` runs that recorded costs, of the medians over a run's records: tokens per
+    second of all workers, share of the devices' peak FLOPs (MFU), milliseconds of a step and of its parts
+    (`other_ms` is the rest), `peak_memory_gib`. `train_hours`: time in optimizer steps of a finished run,
+    `device_hours` that times its workers. `relative_speed`: tokens per second over those of arm
+    `unconstrained` with the same seed and cell, the geometric mean over `n_pairs` pairs with its 95% t
+    interval (of the logarithm).
+    TFLOP of a step from the config: the model's (forward and backward), and the optimizer's.
+    """
+    runs = frames.runs.drop_duplicates("run_id").set_index("run_id")
+    values = frames.costs.groupby("run_id")[list(_COSTS)].median().reindex(runs.index)
+    parts = ["forward_backward_ms", "solver_ms", "retraction_ms", "communication_ms"]
+    values["other_ms"] = values["step_ms"] - values[parts].sum(axis=1, min_count=1)
+    values["peak_memory_gib"] = frames.costs.groupby("run_id")["peak_memory"].max() / 2**30
+    hours = _train_hours(frames).where(runs["status"].isin(FINISHED))
+    facts = {r: frames.configs[r].get("provenance") or {} for r in runs.index if r in frames.configs}
+    workers = pd.Series({r: f.get("world_size") or 1 for r, f in facts.items()}, dtype=float)
+    values["train_hours"], values["device_hours"] = hours, hours * workers
+    for column, key in (
+        ("model_tflop", "model_flops_per_step"),
+        ("optimizer_tflop", "optimizer_flops_per_step"),
+    ):
+        flops = pd.Series({r: f.get(key) for r, f in facts.items()}, dtype=float)
+        values[f"{column}_per_step"] = flops / 1e12
+    speed = runs[["family", "seed", "arm"]].assign(speed=values["tokens_per_s"]).reset_index()
+    rows = []
+    for label, group in frames.runs.groupby("label", sort=False):
+        ids = group["run_id"].tolist()
+        known = [r for r in ids if not math.isnan(values["step_ms"].get(r, math.nan))]
+        devices = dict.fromkeys(str(facts[r].get("device") or "") for r in ids if r in facts)
+        rows.append(
+            {"arm": str(group["arm"].iloc[0]), "label": str(label), "n_costs": len(known)}
+            | {axis: group[axis].iloc[0] for axis in frames.axes}
+            | {"devices": "; ".join(filter(None, devices))}
+            | values.loc[ids].median().to_dict()
+            | _relative(speed, ids)
+            | {"run_ids": " ".join(known)}
+        )
+    return pd.DataFrame(rows)
+
+
+def _train_hours(frames: Frames) -> pd.Series[float]:
+    """By run: what its summary says, else the sum over its steps."""
+    summed = frames.steps.groupby("run_id")["step_ms"].sum() * frames.stride / 3.6e6
+    said = {r: s["train_seconds"] / 3600 for r, s in frames.states.items() if s.get("train_seconds")}
+    ids = frames.runs["run_id"].unique()
+    return pd.Series(said, dtype=float).reindex(ids).fillna(summed.reindex(ids))
+
+
+def _relative(speed: pd.DataFrame, ids: Sequence[str]) -> dict[str, Any]:
+    own = speed[speed["run_id"].isin(ids) & (speed["arm"] != "unconstrained")]
+    both = own.merge(speed[speed["arm"] == "unconstrained"], on=["family", "seed"])
+    ratios = np.log((both["speed_x"] / both["speed_y"]).dropna())
+    found = paired_t([float(r) for r in ratios if math.isfinite(r)])
+    bounds = {"relative_speed_low": math.exp(found.low), "relative_speed_high": math.exp(found.high)}
+    return {"relative_speed": math.exp(found.estimate), **bounds, "n_pairs": found.n}
+
+
+def t2_text(frames: Frames, table: pd.DataFrame) -> Text:
+    """The same with three digits."""
+    rows = []
+    for row in table.to_dict("records"):
+        cells = {"arm": row["label"] if not frames.grid else row["arm"]}
+        cells |= {axis: _axis(row[axis]) for axis in frames.axes}
+        cells |= {"n": str(row["n_costs"]), "tokens/s": three_digits(row["tokens_per_s"])}
+        cells["speed, unconstrained = 1"] = _bounded(row, "relative_speed", three_digits)
+        cells["step, ms"] = three_digits(row["step_ms"])
+        for name in ("forward_backward", "solver", "retraction", "communication", "other"):
+            words = name.replace("forward_backward", "forward + backward")
+            cells[f"{words}, ms"] = _milliseconds(row[f"{name}_ms"])
+        cells["MFU"] = _number(100 * row["flop_utilisation"], ".1f") + "%" * (
+            not pd.isna(row["flop_utilisation"])
+        )
+        cells["memory, GiB"] = three_digits(row["peak_memory_gib"])
+        cells["hours a run"] = three_digits(row["train_hours"])
+        cells["device-hours a run"] = three_digits(row["device_hours"])
+        cells["model, TFLOP a step"] = three_digits(row["model_tflop_per_step"])
+        cells["optimizer, TFLOP a step"] = three_digits(row["optimizer_tflop_per_step"])
+        rows.append(cells)
+    columns = tuple(rows[0]) if rows else ()
+    words_of = tuple(column in ("arm", *frames.axes) for column in columns)
+    devices = "; ".join(dict.fromkeys(filter(None, table["devices"]))) or "not recorded"
+    notes = (
+        "Medians over n runs of the medians over a run's records; memory: the largest. speed: tokens/s "
+        "over those of unconstrained, paired by seed, geometric mean with its 95% t interval. forward + "
+        "backward includes the exchange of gradients that goes on meanwhile. MFU: share of the devices' "
+        "peak that the model's own "
+        f"FLOPs took. Hours: time in optimizer steps of finished runs. Devices: {devices}.",
+    )
+    return Text(columns, tuple(tuple(row.values()) for row in rows), words_of, notes)
+
+
+def _milliseconds(value: float) -> str:
+    return _number(value, ".1f")
+
+
+def _bounded(row: Mapping[Any, Any], name: str, how: Any) -> str:
+    """`0.786 [0.781, 0.790]`."""
+    text: str = how(row[name])
+    if pd.isna(row[f"{name}_low"]):
+        return text
+    return f"{text} [{how(row[f'{name}_low'])}, {how(row[f'{name}_high'])}]"
+
+
+def t3(frames: Frames) -> pd.DataFrame:
+    """T3: the best cell of each arm in a grid with axes, and what fresh seeds say of it. Empty without axes.
+
+    The search is over the seeds that at least half of an arm's cells have run to the end; its winner has
+    the lowest median final loss (nats per token; diverged = +inf), the first of the grid among equals.
+    A winner of many cells is lucky too, so its search loss is no estimate: `fresh_mean` is, with its 95%
+    t interval, over the other seeds of that cell, which had no part in the choice. `minus_next` is the
+    mean difference to the second best cell over the search seeds, with its t interval.
+    """
+    columns = ["arm", "label", *frames.axes, "n_cells", "n_search", "search_median"]
+    columns += [f"minus_next{end}" for end in ("", "_low", "_high", "_pairs")] + ["next_label"]
+    columns += [
+        "n_unstable",
+        "n_judged",
+        "n_fresh",
+        "fresh_mean",
+        "fresh_mean_low",
+        "fresh_mean_high",
+        "fresh_lost",
+    ]
+    columns += ["run_ids", "fresh_run_ids"]
+    rows = (
+        [_winner(frames, runs) for _, runs in frames.runs.groupby("arm", sort=False)] if frames.axes else []
+    )
+    return pd.DataFrame([row for row in rows if row], columns=columns)
+
+
+def _winner(frames: Frames, runs: pd.DataFrame) -> dict[str, Any]:
+    """A row of T3, empty where nothing has finished or there is one cell alone."""
+    done = runs[runs["final_val_loss"].notna()]
+    cells = done["label"].unique()
+    if len(cells) < 2:
+        return {}
+    spread = done.groupby("seed")["label"].nunique()
+    searched = set(spread[2 * spread >= len(cells)].index)
+    search = done[done["seed"].isin(searched)]
+    medians = {
+        str(c): median(own["final_val_loss"].tolist()) for c, own in search.groupby("label", sort=False)
+    }
+    if not medians:
+        return {}
+    best, *others = sorted(medians, key=medians.__getitem__)
+    own = search[search["label"] == best]
+    fresh = done[(done["label"] == best) & ~done["seed"].isin(searched)]
+    finite = [loss for loss in fresh["final_val_loss"] if math.isfinite(loss)]
+    row = {"arm": str(own["arm"].iloc[0]), "label": best, **{a: own[a].iloc[0] for a in frames.axes}}
+    row |= {"n_cells": len(cells), "n_search": len(own), "search_median": medians[best]}
+    row |= _to_next(own, search[search["label"] == others[0]]) if others else {"minus_next_pairs": 0}
+    row |= {"next_label": others[0] if others else ""}
+    judged = _stability(done[done["label"] == best])
+    row |= {"n_unstable": judged["n_unstable"], "n_judged": judged["n_judged"], "n_fresh": len(fresh)}
+    found = paired_t(finite)
+    row |= {"fresh_mean": found.estimate, "fresh_mean_low": found.low, "fresh_mean_high": found.high}
+    row |= {"fresh_lost": len(fresh) - len(finite)}
+    return row | {"run_ids": " ".join(own["run_id"]), "fresh_run_ids": " ".join(fresh["run_id"])}
+
+
+def _to_next(best: pd.DataFrame, second: pd.DataFrame) -> dict[str, Any]:
+    pairs = best.merge(second, on="seed", suffixes=("", "_next"))
+    both = pairs[["final_val_loss", "final_val_loss_next"]].to_numpy(dtype=float)
+    found = paired_t([float(a - b) for a, b in both if math.isfinite(a) and math.isfinite(b)])
+    bounds = {"minus_next_low": found.low, "minus_next_high": found.high}
+    return {"minus_next": found.estimate, **bounds, "minus_next_pairs": found.n}
+
+
+def t3_text(frames: Frames, table: pd.DataFrame) -> Text:
+    """The same with four decimals."""
+    rows = []
+    for row in table.to_dict("records"):
+        cells = {"arm": row["arm"], **{axis: _axis(row[axis]) for axis in frames.axes}}
+        cells["cells"] = str(row["n_cells"])
+        cells["median in the search"] = f"{_loss(row['search_median'])} (n = {row['n_search']})"
+        cells["− second best"] = _interval(row, "minus_next", "")
+        cells["unstable"] = f"{row['n_unstable']}/{row['n_judged']}" if row["n_judged"] else "–"
+        lost = f", {row['fresh_lost']} diverged" if row["fresh_lost"] else ""
+        cells["on fresh seeds"] = (
+            f"{_bounded(row, 'fresh_mean', _loss)} (n = {row['n_fresh']}{lost})"
+            if row["n_fresh"]
+            else "none run yet"
+        )
+        rows.append(cells)
+    columns = tuple(rows[0]) if rows else ()
+    words = tuple(column in ("arm", *frames.axes) for column in columns)
+    notes = (
+        "The cell with the lowest median final loss (nats per token) of each arm. The best of many cells is "
+        "lucky too: a claim rests on fresh seeds, those that had no part in the choice; mean with its 95% t "
+        "interval. − second best: paired by seed over the search, exploratory.",
+    )
+    return Text(columns, tuple(tuple(row.values()) for row in rows), words, notes)
 
 
 _T4 = {
@@ -320,8 +533,9 @@ def log_rank_text(table: pd.DataFrame) -> Text:
             f"{row['events']}/{row['n']}",
             f"{row['events_other']}/{row['n_other']}",
             f"{row['expected']:.2f}",
-            _p(row["p"]) + ("" if row["exact"] else f" [{_p(row['p_low'])}, {_p(row['p_high'])}]"),
-            _p(row["holm"]),
+            p_cell(row["p"])
+            + ("" if row["exact"] else f" [{p_cell(row['p_low'])}, {p_cell(row['p_high'])}]"),
+            p_cell(row["holm"]),
         )
         for row in told.to_dict("records")
     )
@@ -341,7 +555,7 @@ def modular(frames: Frames) -> pd.DataFrame:
     at the end, +inf where `val_loss` is; by module kind, at the run's last records, σ_max (largest of
     any matrix), σ_min (smallest) and the Frobenius norm (largest); by module kind, the median gradient
     norm over steps and matrices, before the clip; median tokens per second over steps. `n_spectra` and
-    `n_flow` count the runs that recorded spectra, and norms and gradients.
+    `n_flow` count the runs that recorded spectra, and norms and gradients. `run_ids`: the finished runs.
     """
     runs = frames.runs.drop_duplicates("run_id").set_index("run_id")
     val_loss = runs["final_val_loss"]
@@ -365,7 +579,7 @@ def modular(frames: Frames) -> pd.DataFrame:
             | {axis: group[axis].iloc[0] for axis in frames.axes}
             | own.median().to_dict()
             | {"n_spectra": finished.isin(frames.spectra["run_id"]).sum()}
-            | {"n_flow": finished.isin(frames.flow["run_id"]).sum()}
+            | {"n_flow": finished.isin(frames.flow["run_id"]).sum(), "run_ids": " ".join(finished)}
         )
     return pd.DataFrame(rows)
 
@@ -433,11 +647,11 @@ def _interval(row: Mapping[Any, Any], name: str, mark: str) -> str:
         return "–"
     bounds = ""
     if not pd.isna(row[f"{name}_low"]):
-        bounds = f" [{_signed(row[f'{name}_low'])}, {_signed(row[f'{name}_high'])}]"
-    return f"{_signed(row[name])}{bounds} ({row[f'{name}_pairs']}){mark}"
+        bounds = f" [{signed(row[f'{name}_low'])}, {signed(row[f'{name}_high'])}]"
+    return f"{signed(row[name])}{bounds} ({row[f'{name}_pairs']}){mark}"
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
     return f"{value:+.4f}".replace("-", "−")
 
 
@@ -459,12 +673,12 @@ def to_csv(table: pd.DataFrame) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Numbers at a fixed precision; text that a spreadsheet would run as a formula gets a quote."""
+    """Numbers at six digits at least; text that a spreadsheet would run as a formula gets a quote."""
     if not isinstance(value, str) and pd.isna(value):
         return ""
-    if isinstance(value, float):
-        return f"{value:.6f}"
-    text = str(value)
+    if isinstance(value, float):  # six decimals, or six digits of a small number: a p of 1e-9 is not 0
+        return f"{value:.6g}" if 0 < abs(value) < 0.1 else f"{value:.6f}"
+    text = str(value).replace("\r\n", "\n")
     return (
         "'" + text if isinstance(value, str) and text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 PAPER = "#ffffff"
@@ -32,6 +33,20 @@ OTHER_ARMS = (("#3a8fb7", "P"), ("#a6761d", "X"), ("#5e4fa2", "<"), ("#66842a", 
 VARIANTS: tuple[Any, ...] = ("-", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 """Line styles of one arm's axis cells. Dashes are kept for what follows a bad evaluation."""
 AFTER_BAD = (0, (3, 1.6))
+MANIFOLDS = {
+    "none": "#757b85",
+    "stiefel": "#009e73",
+    "dgram": "#d55e00",
+    "oblique": "#a6761d",
+    "spectral": "#0072b2",
+}
+"""Tints of the cells that name a manifold."""
+DARK = {"#0072b2": "#56b4e9", "#5f5f5f": "#c8c8c8", "#5e4fa2": "#a79be0", "#a6761d": "#c9973a"}
+"""Colours that a dark page replaces, because they are too dark to stand on it."""
+HEAT = "cividis"
+"""Colour map of heat maps: the same order in grey and under colour blindness."""
+ON_DARK, ON_LIGHT = "#fcfcfc", "#101010"
+"""Text on a coloured cell, which keeps its colour on a dark page; so does this text."""
 
 _RC = {
     "font.family": "DejaVu Sans",
@@ -62,6 +77,15 @@ _RC = {
     "svg.hashsalt": "mmsweep",
     "path.simplify": False,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a figure shows, in words, and the runs it was made from; written into its files."""
+
+    title: str
+    caption: str
+    run_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +130,25 @@ def arm_styles(arms: Sequence[str]) -> dict[str, Style]:
     return {arm: Style(*(PAPER_ARMS.get(arm) or cycle[arm])) for arm in arms}
 
 
+MOST_LEADERS = 12
+"""Lines from curves to their names; more would cross the names."""
+
+
 def direct_labels(ax: Any, labels: Sequence[tuple[float, str, str]]) -> None:
     """Name lines at the right edge: `(y in data units, text, colour)`, pushed apart where they are close.
 
-    Call it last: it needs the final limits and scale of `ax`.
+    Beyond `MOST_LEADERS` names no lines lead to them; they stand in the order of their values. Call it
+    last: it needs the final limits and scale of `ax`.
     """
     figure = ax.get_figure()
     height = ax.get_position().height * figure.get_figheight() * 72  # points
     gap = 1.35 * mpl.rcParams["font.size"] / height
     wanted = sorted((_fraction(ax, y), text, colour) for y, text, colour in labels)
+    crowded = len(wanted) > MOST_LEADERS
     for (at, text, colour), place in zip(wanted, spread([w[0] for w in wanted], gap), strict=True):
         ax.annotate(
             text,
-            xy=(1.0, at),
+            xy=(1.02, place) if crowded else (1.0, at),
             xytext=(1.05, place),
             xycoords="axes fraction",
             textcoords="axes fraction",
@@ -158,6 +188,12 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     return [min(max(base, 0.0), max(top, 0.0)) + i * gap for i, base in enumerate(level)]
 
 
+def ink_on(colour: Any) -> str:
+    """Text colour that can be read on a cell of this colour (relative luminance of WCAG 2)."""
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour))
+    return ON_LIGHT if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 else ON_DARK
+
+
 def svg(figure: Figure) -> bytes:
     """The figure as SVG: the same figure gives the same bytes."""
     return _saved(figure, "svg", {"Date": None, "Creator": None})
@@ -168,8 +204,12 @@ def png(figure: Figure, *, dpi: int = 144) -> bytes:
     return _saved(figure, "png", {"Software": None}, dpi=dpi)
 
 
-def _saved(figure: Figure, kind: str, metadata: dict[str, None], **options: Any) -> bytes:
+def _saved(figure: Figure, kind: str, metadata: dict[str, Any], **options: Any) -> bytes:
     buffer = io.BytesIO()
+    about = getattr(figure, "about", None)
+    if about is not None:
+        runs = f" Runs: {' '.join(about.run_ids)}" if about.run_ids else ""
+        metadata = {**metadata, "Title": about.title, "Description": about.caption + runs}
     with look():
         figure.savefig(buffer, format=kind, metadata=metadata, **options)
     return buffer.getvalue()

@@ -3,22 +3,40 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from itertools import combinations, pairwise
-from pathlib import Path
+from dataclasses import replace
+from itertools import combinations, pairwise, product
 from xml.etree import ElementTree
 
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
-from synthetic import Run, curve, grid_index, planted, write_store
+from paper_size import BAD, many_arms, paper_size
+from synthetic import ARMS, Run, curve, grid_index, planted, write_store
 
-from analysis import figures
+from analysis import figures, mechanism
+from analysis.figures import FIGURES
+from analysis.figures.drawing import MOST_POINTS, thinned
 from analysis.load import load
-from analysis.theme import OTHER_ARMS, PAPER_ARMS, arm_styles, png, spread, svg
+from analysis.tables import t1
+from analysis.theme import (
+    DARK,
+    MODULAR_ARMS,
+    ON_DARK,
+    ON_LIGHT,
+    OTHER_ARMS,
+    PAPER_ARMS,
+    arm_styles,
+    png,
+    spread,
+    svg,
+)
+from trainers.records import KINDS
 
-FIGURES = (figures.f1, figures.f2, figures.overview, figures.modular)
+OVERVIEWS = (figures.f1, figures.f2, figures.overview, figures.modular)
 LITTLE = {
     "nothing yet": [Run("hetero", 0, [], status="pending")],
     "one evaluation": [Run("hetero", 0, [5.5], status="running")],
@@ -40,7 +58,7 @@ def curves(ax, colour, style="-"):
     return [line for line in ax.lines if line.get_color() == colour and line.get_linestyle() == style]
 
 
-@pytest.mark.parametrize("draw", FIGURES)
+@pytest.mark.parametrize("draw", OVERVIEWS)
 def test_the_same_frames_give_the_same_bytes(sweep, draw):
     assert svg(draw(sweep)) == svg(draw(sweep))
 
@@ -53,7 +71,7 @@ def test_the_same_frames_give_the_same_pixels(sweep):
 @pytest.mark.parametrize("name", LITTLE)
 def test_little_or_bad_data_still_makes_figures(tmp_path, name):
     frames = load(write_store(tmp_path, LITTLE[name]))
-    for draw in FIGURES:
+    for draw in OVERVIEWS:
         ElementTree.fromstring(svg(draw(frames)))
     assert "nan" not in figures.f1_caption(frames) + figures.f2_caption(frames)
 
@@ -104,15 +122,15 @@ def test_f2_stays_linear_over_a_small_range(tmp_path):
 
 
 def test_the_arms_of_the_plan_have_lines_of_their_own(modular_frames):
-    seen = {(style.colour, str(style.line)) for style in figures.MODULAR_ARMS.values()}
-    assert len(seen) == len(figures.MODULAR_ARMS) == 11
+    seen = {(style.colour, str(style.line)) for style in MODULAR_ARMS.values()}
+    assert len(seen) == len(MODULAR_ARMS) == 11
     assert {colour for colour, _ in seen} == {colour for colour, _ in PAPER_ARMS.values()}
-    assert set(modular_frames.arms) == set(figures.MODULAR_ARMS)
+    assert set(modular_frames.arms) == set(MODULAR_ARMS)
 
 
 def test_the_plan_s_panels_show_norms_and_gradients_by_module(modular_frames):
     loss, sigma, attn_norm, mlp_norm, attn_grad, mlp_grad = figures.modular(modular_frames).axes
-    held, free = figures.MODULAR_ARMS["stiefel_attention"], figures.MODULAR_ARMS["muon_ffn"]
+    held, free = MODULAR_ARMS["stiefel_attention"], MODULAR_ARMS["muon_ffn"]
     for ax, arm, end in ((attn_norm, held, 16.0), (mlp_norm, held, 51.2), (attn_norm, free, 56.0)):
         line = curves(ax, arm.colour, arm.line)[-1]  # the median is drawn last
         assert line.get_ydata()[-1] == pytest.approx(end)
@@ -148,7 +166,7 @@ def test_a_diverged_run_is_crossed_where_it_ended(tmp_path):
     runs += [planted("muon_all", 0, 4.0, losses=[5.0, math.nan], status="diverged", **quick)]
     frames = load(write_store(tmp_path, runs))
     loss, sigma, attn_norm, *_ = figures.modular(frames).axes
-    colour = figures.MODULAR_ARMS["muon_all"].colour
+    colour = MODULAR_ARMS["muon_all"].colour
     for ax, steps in ((loss, [50]), (attn_norm, [50]), (sigma, [pytest.approx(1 + 2.3 * 0.5**1.5)] * 2)):
         crosses = [line for line in ax.lines if line.get_marker() == "x"]
         assert {line.get_color() for line in crosses} == {colour}
@@ -184,7 +202,7 @@ def test_names_are_drawn_as_they_are_and_never_parsed(tmp_path):
     for cell, name in zip(index["cells"], ("$\\frac{1$", "--><script>alert(1)</script>"), strict=True):
         cell["arm"] = name
     frames = load(write_store(tmp_path, runs, index=index))
-    for draw in FIGURES:
+    for draw in OVERVIEWS:
         text = svg(draw(frames))
         ElementTree.fromstring(text)
         assert b"<script" not in text
@@ -234,9 +252,7 @@ VISION = {
 @pytest.mark.parametrize("vision", VISION)
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_the_papers_arms_stay_apart_under_colour_blindness(vision, dark):
-    template = Path(figures.__file__).with_name("report.html").read_text()
-    changed = dict(re.findall(r'svg \[stroke="(#\w+)"\] \{ stroke: (#\w+); \}', template)) if dark else {}
-    assert set(changed) <= {colour for colour, _ in PAPER_ARMS.values()}
+    changed = DARK if dark else {}
     seen = {arm: lab(changed.get(colour, colour), VISION[vision]) for arm, (colour, _) in PAPER_ARMS.items()}
     pairs = [(a, b) for a in seen for b in seen if a < b]
     close = {pair: round(math.dist(seen[pair[0]], seen[pair[1]])) for pair in pairs}
@@ -259,3 +275,364 @@ def test_labels_never_overlap_and_keep_their_order_and_place(places, gap):
         assert moved[-1] <= 1 + 1e-9
     if all(b - a >= gap for a, b in pairwise(places)):
         assert moved == pytest.approx(places, abs=1e-9)
+
+
+# F3 to F12.
+
+PAPER = [spec.id for spec in FIGURES if spec.id not in ("f6", "f7", "f12")]
+DRAW = {spec.id: spec.draw for spec in FIGURES}
+
+
+@pytest.fixture(scope="module")
+def paper():
+    return paper_size(seeds=3, step_every=100, flow_every=1000, attention_every=1000)
+
+
+@pytest.fixture(scope="module")
+def drawn(paper):
+    """Every figure that the paper's sweep has data for, each drawn once."""
+    return {name: DRAW[name](paper) for name in PAPER}
+
+
+RATE, DECAY = "optimizer.muon.lr", "assignment.attn.weight_decay"
+RATES, DECAYS = (0.1, 0.3, 1.0), (0.0, 0.1)
+
+
+def cell(arm, seed, lr, decay, losses, **changes):
+    attn, mlp = ARMS[arm]
+    overrides = {
+        "optimizer": {"muon": {"lr": lr}},
+        "assignment": {"attn": {"manifold": attn, "weight_decay": decay}, "mlp": mlp},
+    }
+    return Run(arm, seed, losses, overrides=overrides, axes={RATE: lr, DECAY: decay}, **changes)
+
+
+def cell_loss(arm, seed, lr, decay):
+    return 2.4 + 0.1 * (arm != "hetero") + 0.01 * seed + 0.2 * abs(math.log10(lr / 0.3)) - decay / 2
+
+
+@pytest.fixture(scope="module")
+def retune(tmp_path_factory):
+    """Learning rate x decay, two arms, two seeds; hetero_inv diverges at 1.0, at decay 0 in both seeds."""
+    runs = []
+    for arm, seed, lr, decay in product(("hetero", "hetero_inv"), (0, 1), RATES, DECAYS):
+        lost = arm == "hetero_inv" and lr == 1.0 and (decay == 0 or seed == 1)
+        losses = [5.5, 4.0, math.nan] if lost else curve(cell_loss(arm, seed, lr, decay))
+        runs.append(cell(arm, seed, lr, decay, losses, status="diverged" if lost else "completed"))
+    index = grid_index(runs, name="retune", axes=[RATE, DECAY])
+    return load(write_store(tmp_path_factory.mktemp("retune"), runs, index=index))
+
+
+SIZES = {"2l-64": (2, 64, 120_000), "4l-128": (4, 128, 900_000), "8l-256": (8, 256, 7_000_000)}
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory):
+    """Three sizes, three arms, two seeds; hetero_inv diverges at the largest."""
+    runs = []
+    for i, (size, (layers, width, _)) in enumerate(SIZES.items()):
+        model = {"n_layer": layers, "n_head": 4, "d_model": width, "context": 128, "vocab_size": 256}
+        for arm, gap in (("unconstrained", 0.0), ("hetero", -0.02), ("hetero_inv", 0.05)):
+            for seed in (0, 1):
+                lost = arm == "hetero_inv" and size == "8l-256"
+                losses = [5.5, math.nan] if lost else curve(4.0 - 0.5 * i + gap * (1 + i) + 0.01 * seed)
+                state = "diverged" if lost else "completed"
+                runs.append(
+                    Run(arm, seed, losses, overrides={"model": model}, axes={"size": size}, status=state)
+                )
+    index = grid_index(runs, name="ladder", axes=["size"])
+    frames = load(write_store(tmp_path_factory.mktemp("ladder"), runs, index=index))
+    sizes = dict(zip(frames.runs["run_id"], frames.runs["size"], strict=True))
+    configs = {
+        run: {**config, "provenance": {"parameters": SIZES[sizes[run]][2]}}
+        for run, config in frames.configs.items()
+    }
+    return replace(frames, configs=configs)
+
+
+def texts_of(figure):
+    """All text that a reader sees, with its box in pixels."""
+    FigureCanvasAgg(figure).draw()
+    found = list(figure.texts)
+    for ax in figure.axes:
+        found += [*ax.texts, ax.title, ax._left_title]
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            shown = [label for tick in ticks for label in (tick.label1, tick.label2) if label.get_visible()]
+            found += [*shown, axis.label]
+    return [
+        (t.get_text(), Text.get_window_extent(t)) for t in found if t.get_visible() and t.get_text().strip()
+    ]
+
+
+def assert_legible(figure):
+    """No text lies on other text or beyond the edge of the figure."""
+    texts = texts_of(figure)
+    page = figure.bbox
+    for text, box in texts:
+        assert box.x0 >= -1, text
+        assert box.x1 <= page.width + 1, text
+        assert box.y0 >= -1, text
+        assert box.y1 <= page.height + 1, text
+    for (a, one), (b, other) in combinations(texts, 2):
+        width = min(one.x1, other.x1) - max(one.x0, other.x0)
+        height = min(one.y1, other.y1) - max(one.y0, other.y0)
+        assert min(width, height) < 2, (a, b)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_figures_of_the_paper_s_sweep_are_legible_and_name_their_runs(paper, drawn, name):
+    figure = drawn[name]
+    assert_legible(figure)
+    number = "F2b" if name == "f2_qkv" else name.upper()
+    assert figure.about.title.startswith(f"{number}. ")
+    assert figure.about.caption.startswith(f"{number}. ")
+    assert set(figure.about.run_ids) <= set(paper.runs["run_id"])
+    assert f"n = {len(figure.about.run_ids)} runs" in figure.about.caption
+    assert 'of grid "paper"' in figure.about.caption
+    assert 10 <= figure.get_figwidth() <= 12  # the report shows all at one width: letters of one size
+    root = ElementTree.fromstring(svg(figure))
+    assert all(run in "".join(root.itertext()) for run in figure.about.run_ids)
+    assert not list(root.iter("{http://www.w3.org/2000/svg}image"))  # the report may show no bitmaps
+
+
+@pytest.mark.parametrize("name", ["f4", "f5", "f6", "f7", "f8", "f11", "f12"])
+def test_figures_of_grids_with_axes_are_legible(retune, ladder, name):
+    figure = DRAW[name](ladder if name == "f12" else retune)
+    assert_legible(figure)
+    assert "labelled by arm" in figure.about.caption
+
+
+def test_forty_arms_are_legible():
+    frames = many_arms(seeds=1)
+    for name in ("f3", "f5", "f10"):
+        assert_legible(DRAW[name](frames))
+    assert "The 8 that grow largest; 32 others not shown" in DRAW["f8"](frames).about.caption
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", LITTLE)
+def test_little_data_is_drawn_or_said_in_a_line(tmp_path, name):
+    frames = load(write_store(tmp_path, LITTLE[name]))
+    for spec in FIGURES:
+        try:
+            figure = spec.draw(frames)
+        except figures.NoDataError as missing:
+            said = str(missing)
+        else:
+            ElementTree.fromstring(svg(figure))
+            assert "nan" not in figure.about.caption
+            continue
+        assert re.fullmatch(r"F\d+b? needs .+", said)
+
+
+def test_the_list_of_figures_is_whole():
+    assert [spec.id for spec in FIGURES] == ["f1", "f2", "f2_qkv", *(f"f{i}" for i in range(3, 13))]
+    assert {kind for spec in FIGURES for kind in spec.records} <= {*KINDS, "config", "axes"}
+    for spec in FIGURES:
+        assert spec.caption.endswith(".")
+        assert "\n" not in spec.caption
+
+
+def test_f3_shows_what_the_configs_say(paper, drawn, retune):
+    data = figures.f3_data(paper).set_index(["arm", "module"])
+    assert {key: row["manifold"] for key, row in data.iterrows()} == {
+        (arm, kind): manifold
+        for arm, manifolds in ARMS.items()
+        for kind, manifold in zip(("attn", "mlp"), manifolds, strict=True)
+    }
+    _, cells = drawn["f3"].axes
+    words = [t.get_text() for t in cells.texts]
+    assert (words.count("stiefel"), words.count("dgram"), words.count("no manifold")) == (4, 4, 2)
+    blocks = [t.get_text() for t in drawn["f3"].axes[0].texts]
+    assert "× 12 blocks" in blocks
+    assert "gpt2: width 768, 12 heads, context 1,024" in blocks
+    varied = figures.f3_data(retune).set_index(["arm", "module"])
+    assert varied.loc[("hetero", "attn"), "weight_decay"] == "varies"
+    assert pd.isna(varied.loc[("hetero", "mlp"), "weight_decay"])
+    words = {text.get_text() for text in DRAW["f3"](retune).axes[1].texts}
+    assert {"Manifold Muon", "Manifold Muon, decay varies"} <= words
+
+
+def test_f4_is_the_paired_differences_of_t1(paper, drawn):
+    data, table = figures.f4_data(paper), t1(paper).set_index("arm")
+    for (reference, arm), pairs in data.groupby(["reference", "arm"]):
+        assert pairs["difference"].mean() == pytest.approx(table.loc[arm, f"minus_{reference}"])
+        assert set(pairs["role"]) == {table.loc[arm, f"minus_{reference}_role"]}
+    (ax,) = drawn["f4"].axes
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    row = -names.index("hetero − all_stiefel*")
+    middle = [line for line in ax.lines if line.get_marker() == "o" and line.get_ydata()[0] == row]
+    assert middle[0].get_xdata()[0] == pytest.approx(table.loc["hetero", "minus_all_stiefel"])
+    bar = next(line for line in ax.lines if list(line.get_ydata()) == [row, row])
+    bounds = table.loc["hetero", ["minus_all_stiefel_low", "minus_all_stiefel_high"]].tolist()
+    assert bar.get_xdata() == pytest.approx(bounds)
+    # The arms that fail, 2 to 3.4 nats off, do not squeeze differences of hundredths.
+    assert ax.get_xlim()[1] < 0.2
+    assert sum(line.get_marker() == ">" for line in ax.lines) == 4
+
+
+def test_f4_counts_pairs_that_diverged(retune):
+    figure = DRAW["f4"](retune)
+    words = [text.get_text() for text in figure.axes[0].texts]
+    assert words.count("2 of 2 pairs diverged") == 1
+    assert sum(text.endswith("n = 1; 1 of 2 pairs diverged") for text in words) == 1
+    data = figures.f4_data(retune)
+    assert set(data["reference"]) == {"hetero"}  # the first arm, where the references of T1 are not there
+    assert (~data["difference"].map(math.isfinite)).sum() == 3
+
+
+def test_f5_is_kaplan_and_meier_s_estimate(paper, drawn):
+    data = figures.f5_data(paper).set_index("label")
+    assert data["k"].to_dict() == {arm: 3 * (arm in BAD) for arm in ARMS}
+    assert data.loc["hetero", ["survival", "high"]].tolist() == [1.0, 1.0]
+    assert data.loc["hetero", "low"] == pytest.approx(0.025 ** (1 / 3))
+    left, right = drawn["f5"].axes
+    (line,) = [
+        x for x in left.lines if x.get_color() == PAPER_ARMS["all_dgram"][0] and len(x.get_xdata()) > 1
+    ]
+    assert line.get_xdata().tolist() == [0, 16_000, 17_000, 18_000]
+    assert line.get_ydata() == pytest.approx([1, 2 / 3, 1 / 3, 0])
+    assert [t.get_text() for t in right.texts] == [f"{3 * (arm in BAD)}/3 diverged" for arm in ARMS]
+
+
+def test_f6_shows_medians_and_marks_what_diverged(retune):
+    data = figures.f6_data(retune)
+    assert set(data["line"]) == {
+        f"{arm} · weight_decay={d}" for arm in ("hetero", "hetero_inv") for d in ("0", "0.1")
+    }
+    left, right = DRAW["f6"](retune).axes
+    medians = [line for line in left.lines if line.get_linewidth() > 1.5 and line.get_marker() == "None"]
+    assert medians[0].get_ydata() == pytest.approx([cell_loss("hetero", 0.5, lr, 0.0) for lr in RATES])
+    crosses = [line for line in left.lines if line.get_marker() == "x"]
+    assert [x for line in crosses for x in line.get_xdata()] == [1.0, 1.0, 1.0]
+    shares = [line for line in right.lines if line.get_marker() in "ov"]
+    assert [list(line.get_ydata()) for line in shares] == [[0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0.5]]
+    assert left.get_xscale() == "log"
+
+
+def test_f7_hatches_what_diverged_and_outlines_the_best(retune):
+    data = figures.f7_data(retune).set_index(["panel", "lr", "decay"])
+    assert len(data) == 12
+    assert data.loc[("hetero_inv", 1.0, 0.0), ["loss", "k", "n"]].tolist() == [math.inf, 2, 2]
+    assert data.loc[("hetero_inv", 1.0, 0.1), ["loss", "k", "n"]].tolist() == [math.inf, 1, 2]
+    assert data.loc[("hetero", 0.3, 0.1), "loss"] == pytest.approx(cell_loss("hetero", 0.5, 0.3, 0.1))
+    hetero, inverse, _ = DRAW["f7"](retune).axes
+    hatched = [patch.get_xy() for patch in inverse.patches if patch.get_hatch()]
+    assert sorted((int(x), int(y)) for x, y in hatched) == [(2, 0), (2, 1)]
+    assert not [patch for patch in hetero.patches if patch.get_hatch()]
+    (best,) = [patch.get_xy() for patch in hetero.patches if patch.get_facecolor()[3] == 0]
+    assert (int(best[0]), int(best[1])) == (1, 1)  # lr .3, decay .1
+    assert "diverged\n2/2" in [text.get_text() for text in inverse.texts]
+    inks = {text.get_color() for ax in (hetero, inverse) for text in ax.texts}
+    assert inks <= {ON_DARK, ON_LIGHT}  # they keep their colour on a dark page, as the cells do
+
+
+def test_f8_is_the_median_over_seeds_of_the_largest_matrix(paper, drawn):
+    data = figures.f8_data(paper).set_index(["label", "module", "layer", "step"])["sigma_max"]
+    own = paper.spectra[(paper.spectra["arm"] == "all_dgram") & (paper.spectra["module"] == "attn")]
+    here = own[(own["layer"] == 3) & (own["step"] == 12_000)]
+    assert data["all_dgram", "attn", 3, 12_000] == here.groupby("run_id")["sigma_max"].max().median()
+    axes = drawn["f8"].axes[:-1]
+    assert [ax.get_title(loc="left") for ax in axes][:2] == ["unconstrained: attention", "unconstrained: MLP"]
+    marks = [line.get_xdata()[0] for line in axes[4].lines if line.get_marker() == "x"]
+    assert marks == [17_000]  # of 16,000, 17,000 and 18,000
+    assert not [line for line in axes[6].lines if line.get_marker() == "x"]
+    assert len(axes[2].patches) < 12  # σ is 1: the cells of one colour are one patch
+
+
+def test_f9_takes_the_most_extreme_layer(paper, drawn):
+    by_layer = 1 + paper.attention["layer"] / 50
+    columns = ["entropy", "p_max", "jacobian_norm"]
+    attention = paper.attention.assign(**{c: paper.attention[c] * by_layer for c in columns})
+    data = figures.f9_data(replace(paper, attention=attention)).set_index(["run_id", "step"])
+    run = paper.runs.loc[paper.runs["arm"] == "hetero_inv", "run_id"].iloc[0]
+    own = attention[(attention["run_id"] == run) & (attention["step"] == 30_000)]
+    layers = own.groupby("layer")[columns].mean()
+    found = data.loc[(run, 30_000)]
+    assert found["logit"] == own["max_logit"].max()
+    assert found["entropy"] == pytest.approx(layers["entropy"].min())
+    assert found["jacobian_norm"] == pytest.approx(layers["jacobian_norm"].min())
+    assert found["p_max"] == pytest.approx(layers["p_max"].max())
+    assert [ax.get_ylim()[1] for ax in drawn["f9"].axes[1:]] == [1.0, 0.5, 1.0]
+
+
+def test_f10_draws_the_crossings_and_the_shares(paper, drawn):
+    crossed = mechanism.crossings(paper)
+    left, right = drawn["f10"].axes
+    row = [q.name for q in mechanism.QUANTITIES].index("logit")
+    steps = crossed.loc[(crossed["quantity"] == "logit") & crossed["crossed"], "step"]
+    marks = [
+        line.get_xdata()[0]
+        for line in left.lines
+        if line.get_marker() in "Dv" and abs(line.get_ydata()[0] + row) < 0.5
+    ]
+    assert sorted(marks) == sorted(steps)
+    table = mechanism.alarms(paper, crossed)
+    words = [text.get_text() for text in right.texts]
+    assert words[row].startswith(f"warned {table['n_before'][row]}/6 ")
+    assert "false 0/9 [0.00, 0.34]" in words[row]
+    assert "shows in 6 of 6 unstable runs" in drawn["f10"].about.caption
+    assert [text.get_text() for text in drawn["f10"].texts] == list(ARMS)  # the legend
+
+
+def test_f11_compares_runs_that_differ_in_one_setting(paper, retune):
+    data = figures.f11_data(paper)
+    losses = paper.runs.set_index(["arm", "seed"])["final_val_loss"]
+    found = data[(data["factor"] == "attn manifold") & (data["seed"] == 1)].iloc[0]
+    assert (found["level"], found["base"], found["pairs"]) == ("dgram", "stiefel", 2)
+    by_hand = [
+        losses["hetero_inv", 1] - losses["all_stiefel", 1],
+        losses["all_dgram", 1] - losses["hetero", 1],
+    ]
+    assert found["difference"] == pytest.approx(statistics.mean(by_hand))
+    assert set(data["factor"]) == {"attn manifold", "mlp manifold"}  # no pair has another optimizer
+    rates = figures.f11_data(retune)
+    rates = rates[(rates["factor"] == RATE) & (rates["level"] == "1") & (rates["seed"] == 1)].iloc[0]
+    assert (rates["pairs"], rates["lost"]) == (2, 2)
+    decays = figures.f11_data(retune)
+    decays = decays[(decays["factor"] == DECAY) & (decays["seed"] == 0)].iloc[0]
+    assert (decays["difference"], decays["pairs"], decays["lost"]) == (pytest.approx(-0.05), 5, 1)
+
+
+def test_f12_pairs_within_a_size(ladder):
+    data = figures.f12_data(ladder)
+    assert sorted(data["parameters"].unique()) == [size for _, _, size in SIZES.values()]
+    assert set(data["line"]) == {"unconstrained", "hetero", "hetero_inv"}  # size is on the axis
+    hetero = data[data["line"] == "hetero"].groupby("parameters")["minus_reference"].mean()
+    assert hetero.tolist() == pytest.approx([-0.02, -0.04, -0.06])
+    lost = data[(data["line"] == "hetero_inv") & (data["parameters"] == 7e6)]
+    assert lost["minus_reference"].tolist() == [math.inf] * 2
+    left, right = DRAW["f12"](ladder).axes
+    assert [line.get_xdata().tolist() for line in left.lines if line.get_marker() == "x"][-1] == [7e6, 7e6]
+    assert [tick.get_text() for tick in right.get_xticklabels()] == ["120 k", "900 k", "7 M"]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_every_colour_stands_out_from_the_page(dark):
+    """WCAG 2 asks 3 : 1 of graphics; the palette of Okabe and Ito stays just below in one case."""
+
+    def luminance(colour):
+        rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        return sum(
+            w * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+            for w, c in zip((0.2126, 0.7152, 0.0722), rgb, strict=True)
+        )
+
+    page = luminance("#14171c" if dark else "#ffffff")
+    for colour, _ in (*PAPER_ARMS.values(), *OTHER_ARMS):
+        own = luminance(DARK.get(colour, colour) if dark else colour)
+        assert (max(own, page) + 0.05) / (min(own, page) + 0.05) > 2.9, colour
+
+
+def test_long_curves_keep_their_extremes():
+    values = np.sin(np.arange(20_000) / 900.0)
+    values[[7_001, 12_345]] = (9.0, -9.0)
+    series = pd.Series(values, index=np.arange(20_000) * 10)
+    thin = thinned(series)
+    assert len(thin) <= MOST_POINTS + 2
+    assert (thin.max(), thin.min()) == (9.0, -9.0)
+    assert thin.equals(series[thin.index])
+    assert (thin.index[0], thin.index[-1]) == (0, 199_990)
+    assert thinned(series[:500]) is series[:500] or thinned(series[:500]).equals(series[:500])

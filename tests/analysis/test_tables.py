@@ -7,12 +7,14 @@ import re
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
+from paper_size import paper_size
 from synthetic import ARMS, Run, curve, grid_index, paper_like, planted, write_run, write_store
 
 from analysis.load import load
-from analysis.tables import modular, modular_text, t1, t1_text, to_csv
+from analysis.tables import modular, modular_text, t1, t1_text, t2, t2_text, t3, t3_text, to_csv
 
 
 def flat(final, n=13):
@@ -218,3 +220,135 @@ def test_metrics_are_whole_where_nothing_was_recorded(paper_frames, tmp_path):
     assert table[["attn_norm", "mlp_grad_norm"]].isna().all(axis=None)
     frames = load(write_store(tmp_path, [Run("hetero", 0, [], status="pending")]))
     assert set(modular_text(frames, modular(frames)).rows[0][2:]) == {"–"}
+
+
+def test_csv_keeps_six_digits_of_small_numbers():
+    values = [1.234567891e-9, -0.000123456789, 0.09999999, 2.4361234567, 123456.789, 0.0]
+    lines = to_csv(pd.DataFrame({"p": values})).split("\n")[1:-1]
+    assert lines == ["1.23457e-09", "-0.000123457", "0.1", "2.436123", "123456.789000", "0.000000"]
+
+
+def test_every_row_of_t1_names_its_finished_runs(tmp_path):
+    runs = [Run("hetero", s, flat(2.0)) for s in (0, 1)]
+    runs += [
+        Run("hetero", 2, flat(2.0)[:3], status="running"),
+        Run("all_dgram", 0, [5.0, math.nan], status="diverged"),
+    ]
+    table = t1(load(write_store(tmp_path, runs)))
+    assert table["run_ids"].tolist() == [f"{runs[0].run_id} {runs[1].run_id}", runs[3].run_id]
+    assert list(table.columns)[-1] == "run_ids"
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return paper_size(("unconstrained", "hetero"), 3, step_every=1000, flow_every=5000, attention_every=5000)
+
+
+def test_t2_by_hand(costs):
+    table = t2(costs).set_index("arm")
+    own = costs.costs[costs.costs["arm"] == "hetero"].groupby("run_id")
+    hetero = table.loc["hetero"]
+    for column in ("tokens_per_s", "step_ms", "solver_ms", "retraction_ms", "flop_utilisation"):
+        assert hetero[column] == pytest.approx(statistics.median(own[column].median()))
+    parts = hetero[["forward_backward_ms", "solver_ms", "retraction_ms", "communication_ms", "other_ms"]]
+    assert parts["other_ms"] == pytest.approx(20.0)
+    assert parts.sum() == pytest.approx(hetero["step_ms"], rel=1e-3)
+    assert hetero["peak_memory_gib"] == pytest.approx(41e9 / 2**30)
+    # 50 steps a run are recorded, 445 ms each.
+    assert hetero["train_hours"] == hetero["device_hours"] == pytest.approx(50 * 0.445 / 3600)
+    assert (hetero["model_tflop_per_step"], hetero["optimizer_tflop_per_step"]) == (56.0, 70.0)
+    speed = costs.costs.groupby(["arm", "seed"])["tokens_per_s"].median()
+    logs = [math.log(speed["hetero", s] / speed["unconstrained", s]) for s in range(3)]
+    assert hetero["relative_speed"] == pytest.approx(math.exp(statistics.mean(logs)))
+    half = 4.3026527 * statistics.stdev(logs) / math.sqrt(3)
+    assert hetero["relative_speed_low"] == pytest.approx(math.exp(statistics.mean(logs) - half))
+    assert (hetero["n_costs"], hetero["n_pairs"], table.loc["unconstrained", "n_pairs"]) == (3, 3, 0)
+    assert hetero["run_ids"].split() == costs.runs.loc[costs.runs["arm"] == "hetero", "run_id"].tolist()
+    text = t2_text(costs, t2(costs))
+    assert not any("nan" in cell for row in text.rows for cell in row)
+    assert "NVIDIA H100" in text.notes[0]
+
+
+def test_t2_takes_the_hours_that_a_summary_says_and_counts_workers(costs):
+    states = {run: {"train_seconds": 7200.0} for run in costs.runs["run_id"]}
+    configs = {r: {**c, "provenance": {**c["provenance"], "world_size": 8}} for r, c in costs.configs.items()}
+    table = t2(replace(costs, states=states, configs=configs))
+    assert table["train_hours"].tolist() == [2.0, 2.0]
+    assert table["device_hours"].tolist() == [16.0, 16.0]
+
+
+def test_t2_is_whole_where_nothing_was_recorded(paper_frames, tmp_path):
+    for frames in (paper_frames, load(write_store(tmp_path, [Run("hetero", 0, [], status="pending")]))):
+        table = t2(frames)
+        assert table["n_costs"].tolist() == [0] * len(table)
+        assert not any("nan" in cell for row in t2_text(frames, table).rows for cell in row)
+
+
+LR = "optimizer.muon.lr"
+
+
+def searched(tmp_path, losses, *, fresh=()):
+    """One arm over learning rates: `losses[lr]` by seed 0, 1, ...; `fresh`: (lr, seed, loss) besides."""
+    cells = [(lr, seed, loss) for lr, values in losses.items() for seed, loss in enumerate(values)]
+    runs = [
+        Run(
+            "hetero",
+            seed,
+            flat(loss) if math.isfinite(loss) else [5.0, math.nan],
+            overrides={"optimizer": {"muon": {"lr": lr}}},
+            axes={LR: lr},
+            status="completed" if math.isfinite(loss) else "diverged",
+        )
+        for lr, seed, loss in (*cells, *fresh)
+    ]
+    return load(write_store(tmp_path, runs, index=grid_index(runs, axes=[LR])))
+
+
+def test_t3_chooses_by_the_search_and_estimates_by_fresh_seeds(tmp_path):
+    losses = {0.1: (2.5, 2.7), 0.3: (2.2, 2.4), 1.0: (2.0, math.inf)}
+    frames = searched(tmp_path, losses, fresh=[(0.3, 7, 2.5), (0.3, 8, 2.7), (0.3, 9, math.inf)])
+    (found,) = t3(frames).to_dict("records")
+    assert (found[LR], found["n_cells"], found["n_search"], found["search_median"]) == (
+        0.3,
+        3,
+        2,
+        pytest.approx(2.3),
+    )
+    assert found["minus_next"] == pytest.approx(-0.3)
+    assert found["next_label"] == "hetero · lr=0.1"
+    # Fresh: mean 2.6, half-width 12.7062047 x .1.
+    assert (found["n_fresh"], found["fresh_lost"], found["fresh_mean"]) == (3, 1, pytest.approx(2.6))
+    assert found["fresh_mean_low"] == pytest.approx(2.6 - 12.7062047 * 0.1)
+    assert (len(found["run_ids"].split()), len(found["fresh_run_ids"].split())) == (2, 3)
+    (cells,) = t3_text(frames, t3(frames)).rows
+    assert cells[-1] == "2.6000 [1.3294, 3.8706] (n = 3, 1 diverged)"
+
+
+def test_t3_without_fresh_seeds_says_so(tmp_path):
+    frames = searched(tmp_path, {0.1: (2.5,), 0.3: (2.2,)})
+    (cells,) = t3_text(frames, t3(frames)).rows
+    assert cells[-1] == "none run yet"
+
+
+def test_fresh_seeds_never_choose(tmp_path):
+    """A cell that is lucky on fresh seeds alone does not win."""
+    frames = searched(tmp_path, {0.1: (2.5, 2.5), 0.3: (2.2, 2.2)}, fresh=[(0.1, 9, 1.0)])
+    (found,) = t3(frames).to_dict("records")
+    assert (found[LR], found["n_fresh"]) == (0.3, 0)
+
+
+def test_the_search_loss_of_a_winner_is_too_low_and_that_on_fresh_seeds_is_not(tmp_path):
+    """Twenty cells that are all alike: the best of them looks better than it is."""
+    noise = np.random.Generator(np.random.Philox(5))
+    rates = [round(0.1 * i, 1) for i in range(1, 21)]
+    losses = {lr: tuple(2.5 + 0.01 * noise.standard_normal(2)) for lr in rates}
+    best = min(losses, key=lambda lr: statistics.median(losses[lr]))
+    fresh = [(best, 10 + i, 2.5 + 0.01 * noise.standard_normal()) for i in range(8)]
+    (found,) = t3(searched(tmp_path, losses, fresh=fresh)).to_dict("records")
+    assert found["search_median"] < 2.5 - 0.005
+    assert found["fresh_mean_low"] < 2.5 < found["fresh_mean_high"]
+
+
+def test_t3_is_empty_without_axes(paper_frames):
+    assert t3(paper_frames).empty
+    assert t3_text(paper_frames, t3(paper_frames)).rows == ()
