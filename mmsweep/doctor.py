@@ -22,6 +22,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -56,6 +57,11 @@ CLOCK_WARNING_S, CLOCK_PROBLEM_S = 30.0, 600.0
 PROBES = ".doctor"
 """Folder of the store where objects are tried; nothing stays there."""
 NOT_NEEDED = "nothing to do: no sweep depends on it"
+CHECKED_ANYWAY = "nothing to do: mmsweep compares what has arrived"
+RACERS, RACE = 8, "-race"
+CREATED, REFUSED = 200, 412
+WRONG_CRC32 = "AAAAAA=="
+DIGEST = "sha256"  # mmsweep.s3.DIGEST; importing it would load boto3
 STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
@@ -360,17 +366,23 @@ def _write_speed(path: Path, size: int) -> float | None:
 
 
 def check_store(objects: ObjectStore) -> Findings:
-    """Each right that a sweep needs, tried on one object; then writes on a condition, and the clock."""
+    """Each right that a sweep needs, tried on one object; then what is good to know, and the clock."""
     key = f"{PROBES}/{uuid.uuid4().hex}"
-    content = uuid.uuid4().bytes
+    first, second = uuid.uuid4().bytes, uuid.uuid4().bytes
     try:
-        objects.put(key, content)
+        objects.put(key, first)
     except (StoreError, NotFound) as error:
         yield Finding("problem", "store", f"writing: {error}")
         return
+
+    def overwrites() -> bool:
+        objects.put(key, second)
+        return objects.get(key) == second
+
     rights: dict[str, Callable[[], bool]] = {
-        "reading": lambda: objects.get(key) == content,
+        "reading": lambda: objects.get(key) == first,
         "listing": lambda: key in objects.list(PROBES),
+        "overwriting": overwrites,
     }
     good = ["writing"]
     for right, works in rights.items():
@@ -384,10 +396,12 @@ def check_store(objects: ObjectStore) -> Findings:
             yield Finding("problem", "store", f"{right}: {error}")
     more = [
         *_guarded("store", lambda: _conditional(objects, key)),
+        *_guarded("store", lambda: _integrity(objects, key)),
         *_guarded("clock", lambda: _clock(objects, key)),
     ]
     try:
-        objects.delete(key)
+        for probe in (key, key + RACE):
+            objects.delete(probe)
         if objects.exists(key):
             fix = f"remove {PROBES}/ yourself, and give these credentials the right to delete"
             yield Finding("problem", "store", f"{objects.url}: deleting: the object is still there", fix)
@@ -401,22 +415,59 @@ def check_store(objects: ObjectStore) -> Findings:
 
 
 def _conditional(objects: ObjectStore, key: str) -> Findings:
-    """Whether "write unless it is there" refuses where it is there. Nothing depends on it."""
-    if isinstance(objects, DirectoryStore):
-        try:
-            (objects.root / key).open("xb").close()
-        except FileExistsError:
-            yield Finding("ok", "store", "refuses to create a file twice")
-        else:
-            yield Finding("warning", "store", "creates a file twice", NOT_NEEDED)
-        return
-    status, _ = _s3_put(objects, key, IfNoneMatch="*")
-    if status == 412:
-        yield Finding("ok", "store", "honours conditional writes (If-None-Match)")
-    elif status == 200:
-        yield Finding("warning", "store", "ignores If-None-Match", NOT_NEEDED)
+    """Whether "write unless it is there" refuses where it is there, also when several try at once.
+
+    Nothing depends on it: leases are made for stores that have no such thing.
+    """
+    fresh = key + RACE
+    create = _create_file if isinstance(objects, DirectoryStore) else _create_object
+    again = create(objects, key)
+    with ThreadPoolExecutor(RACERS) as pool:
+        answers = list(pool.map(lambda _: create(objects, fresh), range(RACERS)))
+    won = answers.count(CREATED)
+    if again not in (CREATED, REFUSED):
+        yield Finding("warning", "store", f"answers If-None-Match with {again}", NOT_NEEDED)
+    elif again == CREATED:
+        yield Finding("warning", "store", "ignores If-None-Match: creates an object twice", NOT_NEEDED)
+    elif won != 1:
+        what = f"honours If-None-Match, and yet of {RACERS} at once {won} create the same object"
+        yield Finding("warning", "store", what, NOT_NEEDED)
     else:
-        yield Finding("warning", "store", f"answers If-None-Match with {status}", NOT_NEEDED)
+        what = f"creates an object once (If-None-Match), also when {RACERS} try at once"
+        yield Finding("ok", "store", what)
+
+
+def _create_file(objects: Any, key: str) -> int:
+    try:
+        (objects.root / key).open("xb").close()
+    except FileExistsError:
+        return REFUSED
+    return CREATED
+
+
+def _create_object(objects: Any, key: str) -> int:
+    return _s3_put(objects, key, IfNoneMatch="*")[0]
+
+
+def _integrity(objects: ObjectStore, key: str) -> Findings:
+    """What the service does against damage on the way, beside what mmsweep does itself."""
+    if isinstance(objects, DirectoryStore):
+        return
+    status, _ = _s3_put(objects, key, ChecksumCRC32=WRONG_CRC32)
+    objects.put(key, b"with a digest")
+    answer = objects.client.get_object(Bucket=objects.bucket, Key=objects.prefix + key)  # type: ignore[attr-defined]
+    if DIGEST not in answer["Metadata"]:
+        what = "drops the metadata of objects, and with it their digests"
+        yield Finding("warning", "store", what, "use https, so that nothing is damaged on the way")
+    elif status == 200:
+        yield Finding("warning", "store", "takes a write whose checksum is wrong", CHECKED_ANYWAY)
+    else:
+        yield Finding("ok", "store", "keeps digests, and refuses a write whose checksum is wrong")
+    try:
+        objects.unfinished()
+    except StoreError as error:
+        fix = "without it `mmsweep store gc` leaves them, and they are paid for"
+        yield Finding("warning", "store", f"uploads that were cut off: {error}", fix)
 
 
 def _clock(objects: ObjectStore, key: str) -> Findings:

@@ -13,6 +13,7 @@ import argparse
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,10 +34,11 @@ from mmsweep.contents import (
     kind_in_run,
     size,
 )
-from mmsweep.objects import DamagedError, Entry, NotFound, ObjectStore, StoreError
+from mmsweep.objects import TEMPORARY, DamagedError, Entry, NotFound, ObjectStore, StoreError, Upload
 from mmsweep.rows import from_parquet, to_parquet
 from mmsweep.status import standing
 from mmsweep.store import KEPT_CHECKPOINTS, QUARANTINE, RunStore, open_store
+from trainers.config import RUN_ID
 from trainers.errors import InputError
 from trainers.manifest import CorruptError, parse_manifest, verify
 from trainers.records import CHECKPOINTS, CONFIG, KINDS, MANIFEST, PART, SUMMARY, parse_part, part_name
@@ -45,7 +47,8 @@ from trainers.yamlfile import printable
 LIVE_S = 600.0
 """An unfinished run into which anything was written so recently may be training: gc leaves it alone."""
 ABANDONED_S = 86_400.0
-"""A checkpoint without a manifest is on its way until nothing was added to it for so long."""
+"""A checkpoint without a manifest is on its way until nothing was added to it for so long; so is a
+file that is being sent, from when it was begun."""
 _THREADS = 4
 """Runs looked at together: a checkpoint of each may be on this machine's disk at one time."""
 
@@ -207,6 +210,9 @@ def _part_problems(store: RunStore, run_id: str, name: str, attempt: int, kind: 
         data = store.objects.get(key)
     except NotFound:  # compacted since it was listed
         return
+    except DamagedError as error:
+        yield str(error)
+        return
     try:
         for number, record in enumerate(parse_part(data, name=f"{store.url}/{key}"), start=1):
             if (record.run, record.attempt, record.kind) != (run_id, attempt, kind):
@@ -265,6 +271,8 @@ def _checkpoint_problems(objects: ObjectStore, base: str) -> Iterator[str]:
             facts = verify(target)
             if facts.get("step") != int(base.rsplit("/", 1)[1]):
                 yield f"{objects.url}/{base}: its manifest is that of step {facts.get('step')}"
+    except DamagedError as error:
+        yield str(error)
     except CorruptError as error:
         yield f"{objects.url}/{base}: {str(error).replace(f'{target}/', '')}"
     except NotFound as error:
@@ -372,6 +380,40 @@ def _by_first_group(names: Held, pattern: re.Pattern[str]) -> dict[str, list[Ent
     return found
 
 
+def cut_off(store: RunStore) -> list[Upload]:
+    """What writers that were killed have left: it takes room, and no listing of objects shows it.
+
+    Raises:
+        StoreError: the service does not know of such uploads, or refuses to tell.
+    """
+    now = store.objects.time()
+    uploads = store.objects.unfinished()
+    return [one for one in uploads if _is_ours(one) and now - one.begun > ABANDONED_S]
+
+
+def _is_ours(upload: Upload) -> bool:
+    """Only files of runs are ever sent in parts; a temporary file has a name that nobody else gives."""
+    top, run_id, name = (*upload.key.split("/", 2), "", "")[:3]
+    of_a_run = top == "runs" and RUN_ID.fullmatch(run_id) is not None and kind_in_run(name) is not None
+    return of_a_run or re.fullmatch(rf"{re.escape(TEMPORARY)}[0-9a-f]{{32}}", upload.id) is not None
+
+
+def _collect_cut_off(store: RunStore, *, delete: bool) -> None:
+    try:
+        uploads = cut_off(store)
+    except StoreError as error:
+        print(f"uploads that were cut off are not known: {error}", file=sys.stderr)
+        return
+    for upload in uploads:
+        begun = time.strftime("%Y-%m-%d %H:%M", time.gmtime(upload.begun))
+        print(f"cut off: {printable(upload.key)}: an upload begun {begun} UTC and never finished")
+        if delete:
+            store.objects.discard(upload)
+    if uploads:
+        count = f"{len(uploads)} upload{'s' if len(uploads) > 1 else ''}"
+        print(f"{count} discarded" if delete else f"{count}; --delete discards them")
+
+
 def _gc(arguments: argparse.Namespace) -> int:
     if arguments.keep < 0:
         raise InputError(f"--keep {arguments.keep}: 0 or more")
@@ -380,6 +422,7 @@ def _gc(arguments: argparse.Namespace) -> int:
     for item in items:
         print(f"{item.run_id}: {item.what}: {item.why} ({size(item.bytes)})")
     _name_foreign(found)
+    _collect_cut_off(store, delete=arguments.delete)
     count, total = sum(len(item.entries) for item in items), sum(item.bytes for item in items)
     if not items:
         print(f"{store.url}: nothing to delete")

@@ -27,8 +27,19 @@ class Entry:
     """Unix seconds, by the store's clock."""
 
 
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """An object that is being written, or whose writer was cut off. It takes room, and no reader sees it."""
+
+    key: str
+    id: str
+    begun: float
+    """Unix seconds, by the store's clock; of a file, when it was last written to."""
+
+
 Keys: TypeAlias = list[str]  # the stores have a method called `list`
 Entries: TypeAlias = list[Entry]
+Uploads: TypeAlias = list[Upload]
 
 TEMPORARY = ".tmp-"
 """Begins the name of a file that is still being written; no key may contain such a name."""
@@ -92,6 +103,12 @@ class ObjectStore(Protocol):
 
     def move(self, key: str, to: str) -> None:
         """Give an object another key. Raises `NotFound`."""
+
+    def unfinished(self) -> Uploads:
+        """What is being written at the moment, and what killed writers have left, sorted by key."""
+
+    def discard(self, upload: Upload) -> None:
+        """Remove one of `unfinished`, if it is still there."""
 
 
 def check_key(key: str) -> str:
@@ -250,6 +267,28 @@ class DirectoryStore:
             target.parent.mkdir(parents=True, exist_ok=True)
             source.replace(target)
         self._remove_empty_folders(source)
+
+    def unfinished(self) -> Uploads:
+        self._check_root()
+        found: Uploads = []
+        with self._guard(""):
+            for folder, _, names in os.walk(self.root, onerror=_unless_gone):
+                for name in names:
+                    if name.startswith(TEMPORARY):
+                        with suppress(FileNotFoundError):  # finished since it was listed
+                            written = Path(folder, name).stat().st_mtime
+                            key = Path(folder, name).relative_to(self.root).as_posix()
+                            found.append(Upload(key, name, written))
+        return sorted(found, key=lambda upload: upload.key)
+
+    def discard(self, upload: Upload) -> None:
+        folder, _, name = upload.key.rpartition("/")
+        if name != upload.id or not name.startswith(TEMPORARY):
+            raise ValueError(f"not an unfinished file: {upload.key!r}")
+        path = (self._path(folder) if folder else self.root) / name
+        with suppress(NotFound), self._guard(upload.key):
+            path.unlink()
+        self._remove_empty_folders(path)
 
     def _remove_empty_folders(self, path: Path) -> None:
         for folder in path.parents:

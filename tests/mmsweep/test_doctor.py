@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import http.client
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +40,9 @@ class Between(HttpService):
         self.refused = lambda method, path: False
         self.dropped: set[str] = set()
         self.shift_s = 0.0
+        self.is_there: Callable[[str], bool | None] = lambda path: None  # for writes on a condition
+        self.strict = False
+        """Whether checksums are compared."""
         outer, behind = self, urlsplit(server)
 
         class Handler(BaseHTTPRequestHandler):
@@ -47,7 +53,18 @@ class Between(HttpService):
                 if outer.refused(self.command, self.path):
                     self.respond(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
                     return
-                given = {k: v for k, v in self.headers.items() if k.lower() not in {"expect", *outer.dropped}}
+                dropped = {"expect", *outer.dropped}
+                if self.command == "PUT" and self.headers["If-None-Match"]:
+                    there = outer.is_there(self.path)
+                    if there:
+                        self.respond(412, {}, b"<Error><Code>PreconditionFailed</Code></Error>")
+                        return
+                    dropped |= {"if-none-match"} if there is False else set()
+                checksum = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
+                if outer.strict and self.headers.get("x-amz-checksum-crc32", checksum) != checksum:
+                    self.respond(400, {}, b"<Error><Code>BadDigest</Code></Error>")
+                    return
+                given = {k: v for k, v in self.headers.items() if k.lower() not in dropped}
                 connection = http.client.HTTPConnection(behind.hostname, behind.port, timeout=30)
                 connection.request(self.command, self.path, body, given)
                 answer = connection.getresponse()
@@ -87,9 +104,14 @@ def examine(url: str) -> list[Finding]:
 
 
 def test_a_good_store_has_every_right_and_keeps_nothing(store_url):
-    store, condition, clock = examine(store_url)
-    assert levels([store, condition, clock]) == ["ok"] * 3
-    assert store.what.endswith(": writing, reading, listing, deleting")
+    store, condition, *integrity, clock = examine(store_url)
+    assert levels([store, clock]) == ["ok"] * 2
+    assert store.what.endswith(": writing, reading, listing, overwriting, deleting")
+    assert condition.what.startswith(("creates an object once", "honours If-None-Match, and yet of 8"))
+    if "://" in store_url:  # the server of these tests compares no checksum
+        assert [finding.what for finding in integrity] == ["takes a write whose checksum is wrong"]
+    else:
+        assert (condition.level, integrity) == ("ok", [])
     assert clock.what == "agrees with the store's"
     assert open_store(store_url).objects.children("") == []
 
@@ -114,7 +136,7 @@ def test_each_right_that_is_missing_is_named(between, right, refused):
     assert "access denied; give these credentials" in problems[0].line()
     between.refused = lambda method, path: False
     left = open_store(between.bucket_url).objects.list("")
-    assert len(left) == (right == "deleting")
+    assert len(left) == (2 if right == "deleting" else 0)
     assert not left or left[0] in problems[0].what
 
 
@@ -138,8 +160,54 @@ def test_a_clock_that_is_off(between, shift_s, level, words):
 def test_a_store_that_ignores_conditions(between):
     between.dropped = {"if-none-match"}
     found = examine(between.bucket_url)
-    assert levels(found) == ["ok", "warning", "ok"]
-    assert found[1].what == "ignores If-None-Match"
+    assert found[1].level == "warning"
+    assert found[1].what == "ignores If-None-Match: creates an object twice"
+    assert open_store(between.bucket_url).objects.list("") == []
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    ("at_once", "level", "words"), [(1, "ok", "once"), (3, "warning", "8 at once 3 create")]
+)
+def test_writers_that_create_the_same_object_at_once(between, at_once, level, words):
+    created: dict[str, int] = {}
+    lock = threading.Lock()
+
+    def is_there(path: str) -> bool | None:
+        if "-race" not in path:
+            return None
+        with lock:
+            created[path] = created.get(path, 0) + 1
+            return created[path] > at_once
+
+    between.is_there = is_there
+    found = examine(between.bucket_url)
+    assert found[1].level == level
+    assert words in found[1].what
+
+
+@pytest.mark.s3
+def test_a_store_that_compares_checksums(between):
+    between.strict = True
+    found = examine(between.bucket_url)
+    assert found[2].line().split(maxsplit=2)[::2] == ["ok", found[2].what]
+    assert found[2].what == "keeps digests, and refuses a write whose checksum is wrong"
+
+
+@pytest.mark.s3
+def test_a_store_that_drops_metadata(between):
+    between.dropped = {"x-amz-meta-sha256"}
+    found = examine(between.bucket_url)
+    assert found[2].level == "warning"
+    assert found[2].what == "drops the metadata of objects, and with it their digests"
+
+
+@pytest.mark.s3
+def test_uploads_that_cannot_be_seen(between):
+    between.refused = lambda method, path: "?uploads" in path
+    found = examine(between.bucket_url)
+    assert any("s3:ListBucketMultipartUploads on the bucket" in finding.what for finding in found)
+    assert "problem" not in levels(found)
 
 
 def test_a_store_that_is_a_file(tmp_path):

@@ -81,7 +81,7 @@ def test_ls_counts_runs_attempts_and_bytes(filled, store_url, capsys):
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
     assert code == 0
     assert rows[RUN][1] == "completed"
-    assert rows[OTHER][1:3] == ["running", "1"]
+    assert rows[OTHER][1:3] == ["lost", "1"]
     held = [entry.bytes for entry in filled.objects.entries("") if entry.key.startswith(f"runs/{OTHER}/")]
     assert rows[OTHER][3] == str(len(held)) == "10"  # config, status, 4 parts, 2 x (model, manifest)
     assert "1 grids, 2 runs" in out
