@@ -12,8 +12,10 @@ from trainers.errors import did_you_mean
 
 COMMANDS = {
     "launch": "run what a grid asks for and its store does not have yet",
-    "status": "where every run of a store stands",
+    "status": "where every run of a store stands; --watch goes on looking",
+    "stop": "let a grid or single runs save their state and end",
     "report": "tables and figures of a store",
+    "export": "every frame as CSV or Parquet, a card per run, what to cite",
     "data": "make, check and list the tokens that runs read",
     "doctor": "check this machine, a store and a cluster, and say what to mend",
     "plan": "what a grid would take: hours, money, bytes, and seeds for a gap",

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
+from mmsweep.budget import Budget, devices, unit
 from mmsweep.resources import Resources
 from trainers.config import (
     DataConfig,
@@ -93,6 +94,7 @@ class GridSpec(Section):
     """Those that are lists; `BundleSpec` has the others."""
     seeds: Annotated[list[Seed], Field(min_length=1, examples=["[1337, 1338]"])]
     resources: Resources = Resources()
+    budget: Budget | None = None
     stop: Flag = False
     """Stands for `stability.stop`: end a run at its first hard spike."""
 
@@ -131,6 +133,7 @@ class Grid:
     cells: list[Cell]
     runs: dict[str, RunConfig]
     """run_id → run, in the order of their first cells."""
+    budget: Budget | None = None
 
     def index(self) -> dict[str, Any]:
         """What the store keeps beside the grid's file: plain JSON."""
@@ -145,7 +148,15 @@ class Grid:
                 {"run_id": cell.run_id, "arm": cell.arm, "seed": cell.seed, "axes": cell.axes}
                 for cell in self.cells
             ],
+            **self._limit(),
         }
+
+    def _limit(self) -> dict[str, Any]:
+        """What `mmsweep status` needs to tell what is left of the budget."""
+        if self.budget is None:
+            return {}
+        what = {"unit": unit(self.resources), "devices": devices(self.resources)}
+        return {"budget": {"hours": self.budget.hours, **what}}
 
 
 def load_grid(path: Path | str, *, identify: Identify) -> Grid:
@@ -520,6 +531,7 @@ def _expand(draft: _Draft, spec: GridSpec, runs: dict[tuple[Point, str], RunConf
         store=spec.store,
         cells=cells,
         runs=unique,
+        budget=spec.budget,
     )
 
 

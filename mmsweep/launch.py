@@ -8,19 +8,36 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmsweep.agent import Job, News
-from mmsweep.cluster import Capacity, connect
+from mmsweep.attendant import Attendant
+from mmsweep.budget import (
+    Taken,
+    admitted,
+    concurrent_runs,
+    devices,
+    of_budget,
+    spent,
+    taken,
+    unit,
+)
+from mmsweep.cluster import Capacity, connect, nodes, to_come
+from mmsweep.detach import submit
 from mmsweep.grid import Cell, Grid, load_grid
 from mmsweep.lease import Lease
-from mmsweep.progress import Board, duration
-from mmsweep.store import RunStore, StoreError, open_store
+from mmsweep.notify import VARIABLE, Webhook, webhook
+from mmsweep.placement import check_room, in_order
+from mmsweep.progress import TROUBLE, Board, Log, duration
+from mmsweep.store import STOP, RunStore, StoreError, open_store
 from mmsweep.workers import STOP_GRACE_S
 from trainers import records
 from trainers.config import RunConfig
@@ -32,18 +49,22 @@ from trainers.footprint import footprint, largest_micro_batch, micro_batch_of, u
 from trainers.yamlfile import printable
 
 SHIPPED = Path(__file__).parent / "grids"
+_THREADS = 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Launch a grid. Exit status 0: all done; 1: some runs failed or were stopped; 2: bad input, or
-    somebody else works on the grid; 130: Ctrl-C before it began."""
+    somebody else works on the grid; 130, 143: Ctrl-C or SIGTERM before it began."""
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.detach:
+            return _detach(arguments)
+        hook = webhook(arguments.webhook)
         grid = load_grid(grid_path(arguments.grid), identify=identify)
         store = open_store(grid.store if arguments.store is None else arguments.store)
         if arguments.dry_run:
             return _dry_run(grid, store)
-        return _launch(grid, store, arguments.address, show=arguments.open)
+        return _launch(grid, store, arguments.address, hook, show=arguments.open)
     except (InputError, StoreError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -59,8 +80,18 @@ def _parser() -> argparse.ArgumentParser:
     shipped = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
     parser.add_argument("grid", help=f"grid file, or the name of one that ships: {shipped}")
     parser.add_argument("--store", help='folder or "s3://bucket/prefix", instead of the grid\'s own')
-    parser.add_argument("--address", help='Ray cluster: "auto" or host:port (default: this machine alone)')
+    parser.add_argument(
+        "--address",
+        help='Ray cluster: "auto" or host:port (default: this machine alone); with --detach its dashboard',
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the runs and what they cost, and stop")
+    parser.add_argument(
+        "--detach", action="store_true", help="let the head of the cluster at --address launch it"
+    )
+    parser.add_argument(
+        "--webhook", metavar="URL",
+        help=f"tell a chat room of the end, of failures and outages (default: the variable {VARIABLE})",
+    )  # fmt: skip
     parser.add_argument("--open", action="store_true", help="open the report, on a machine with a desktop")
     return parser
 
@@ -73,29 +104,78 @@ def grid_path(given: str) -> Path:
         raise InputError(f"{given[:60]}…: {error.strerror}") from None
 
 
-def _launch(grid: Grid, store: RunStore, address: str | None, *, show: bool) -> int:
-    launch = f"{grid.name}-{time.strftime('%m%d-%H%M%S')}"
-    with _sigterm_unwinds(), store.grid_lease(grid.name, launch, on_lost=_stop_this_launch) as lease:
-        if not _take(lease, grid):
+def _detach(arguments: argparse.Namespace) -> int:
+    if arguments.webhook is not None:
+        raise InputError(
+            f"--webhook would be stored with the job: set {VARIABLE} in the environment of the cluster's head"
+        )
+    if arguments.dry_run or arguments.open:
+        raise InputError("--detach goes with neither --dry-run nor --open: leave one out")
+    if os.environ.get(VARIABLE):
+        print(f"{VARIABLE} is not sent along: the one of the cluster's head counts", file=sys.stderr)
+    for line in submit(grid_path(arguments.grid), arguments.store, arguments.address):
+        print(line)
+    return 0
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """One launch: what everything below is about."""
+
+    grid: Grid
+    store: RunStore
+    name: str
+    hook: Webhook
+    log: Log = field(default_factory=Log)
+
+    def say(self, text: str) -> None:
+        self.log.say(text)
+
+
+def _launch(grid: Grid, store: RunStore, address: str | None, hook: Webhook, *, show: bool) -> int:
+    this = _Launch(grid, store, f"{grid.name}-{time.strftime('%m%d-%H%M%S')}", hook)
+    attendant = Attendant(store, grid.name, this.name, this.log, hook)
+    taken_over = "silent for so long that another launch has taken over; stopping"
+    with (
+        _sigterm_unwinds(),
+        hook,
+        store.grid_lease(grid.name, this.name, on_lost=lambda: attendant.stop(taken_over)) as lease,
+    ):
+        if not _take(lease, this):
             return 2
-        return _train(grid, store, address, launch, show=show)
+        _withdraw_requests(this)
+        with attendant:
+            try:
+                return _train(this, address, attendant, show=show)
+            except KeyboardInterrupt:
+                if not attendant.stopping:
+                    raise
+                this.say(f"{grid.name}: {attendant.stopping}")  # before there was anything to stop
+                return 1
 
 
-def _take(lease: Lease, grid: Grid) -> bool:
+def _take(lease: Lease, this: _Launch) -> bool:
     """Take the grid's lease, or name who has it."""
+    name = this.grid.name
     owner = lease.acquire(
-        on_silence=lambda silent: print(
-            f"{grid.name}: no heartbeat from {silent}; taking over when it has been silent "
-            f"for {silent.ttl:.0f} s",
-            flush=True,
+        on_silence=lambda silent: this.say(
+            f"{name}: no heartbeat from {silent}; taking over when it has been silent for {silent.ttl:.0f} s"
         )
     )
     if owner is not None:
-        print(f"{grid.name} is being launched by {owner}; nothing done", file=sys.stderr)
+        print(f"{name} is being launched by {owner}; nothing done", file=sys.stderr)
         return False
     for dead, cause in lease.taken_from:
-        print(f"{grid.name}: taken over from {dead}: {cause}", flush=True)
+        this.say(f"{name}: taken over from {dead}: {cause}")
     return True
+
+
+def _withdraw_requests(this: _Launch) -> None:
+    """Whoever launches wants what was stopped before to go on."""
+    this.store.withdraw_stop(grid=this.grid.name)
+    for run_id, names in this.store.facts().items():
+        if STOP in names and run_id in this.grid.runs:
+            this.store.withdraw_stop(run_id=run_id)
 
 
 @contextlib.contextmanager
@@ -108,86 +188,145 @@ def _sigterm_unwinds() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _stop_this_launch() -> None:
-    print("this launch was silent for so long that another has taken over; stopping", file=sys.stderr)
-    os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C: runs save their state
+@contextlib.contextmanager
+def _sigterm_saves(attendant: Attendant) -> Iterator[None]:
+    """SIGTERM stops the runs as Ctrl-C does. Ray's own handler would print a trace of the C stack first."""
+
+    before = signal.signal(signal.SIGTERM, lambda *_: attendant.stop("stopped by SIGTERM"))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _train(grid: Grid, store: RunStore, address: str | None, launch: str, *, show: bool) -> int:
+def _train(this: _Launch, address: str | None, attendant: Attendant, *, show: bool) -> int:
+    grid, store = this.grid, this.store
     finished = _finished(store, grid)
     missing = {run_id: run for run_id, run in grid.runs.items() if run_id not in finished}
     store.put_grid(grid.name, grid.text, grid.index())
     if not missing:
-        print(f"{grid.name}: all {len(grid.runs)} runs are in {store.url}; nothing to train")
+        this.say(f"{grid.name}: all {len(grid.runs)} runs are in {store.url}; nothing to train")
         return _report(store, grid, show=show)
     price = _total(cost(run) for run in missing.values())
-    print(
+    this.say(
         f"{grid.name}: {len(grid.runs)} runs, {len(finished)} done, {len(missing)} to train "
-        f"({price}) into {store.url}",
-        flush=True,
+        f"({price}) into {store.url}"
     )
     begun = time.monotonic()
-    board = Board(missing, done_before=len(finished))
-    with connect(address) as capacity:
-        _check_capacity(grid, capacity, address)
+    board = Board(
+        missing, done_before=len(finished), log=this.log, on_trouble=functools.partial(_tell_trouble, this)
+    )
+    waiting = in_order(missing, grid.resources.priority)
+    if grid.budget is not None:
+        runs = _taken(this)
+        if not admitted(grid.budget, runs, waiting, at_once=1):  # no cluster is needed to say so
+            _hold_back(this, waiting, spent(runs), board)
+            return _end(this, board, begun, "", show=show)
+    with connect(address) as capacity, _sigterm_saves(attendant):
+        for line in check_room(grid.resources, nodes(), to_come(), local=address is None):
+            this.say(line)
         from mmsweep.trial import run_all  # imports ray, which must see the settings of connect()
 
         with board.show():
-            run_all(
-                [_job(run_id, run, store, grid, launch) for run_id, run in missing.items()],
-                grid.resources,
-                board,
-            )
-    return _end(grid, store, board, begun, show=show)
+            for wave in _waves(this, waiting, capacity, board):
+                jobs = [_job(run_id, missing[run_id], this) for run_id in wave]
+                run_all(jobs, grid.resources, board)
+                if attendant.stopping:
+                    break
+    return _end(this, board, begun, attendant.stopping, show=show)
 
 
-def _job(run_id: str, run: RunConfig, store: RunStore, grid: Grid, launch: str) -> Job:
+def _waves(this: _Launch, waiting: list[str], capacity: Capacity, board: Board) -> Iterator[list[str]]:
+    """Runs that may begin together: all of them, or, on a budget, what it has room for by then.
+
+    Ends when all have had their turn, the budget has no room for the others, or a wave was stopped.
+    """
+    if this.grid.budget is None:
+        yield waiting
+        return
+    resources = this.grid.resources
+    at_once = concurrent_runs(resources, gpus=int(capacity.gpus), cpus=int(capacity.cpus))
+    while waiting:
+        runs = _taken(this)
+        wave = admitted(this.grid.budget, runs, waiting, at_once=at_once)
+        waiting = [run_id for run_id in waiting if run_id not in wave]
+        if not wave:
+            _hold_back(this, waiting, spent(runs), board)
+            return
+        yield wave
+        if not all(board.rows[run_id].news.done for run_id in wave):
+            return
+
+
+def _taken(this: _Launch) -> dict[str, Taken]:
+    """How far every run of the grid is, and what it has taken, as the store says."""
+
+    def look(run_id: str) -> Taken:
+        names = present.get(run_id, set())
+        summary = this.store.summary(run_id) if records.SUMMARY in names else None
+        facts = summary or (this.store.status(run_id) if records.STATUS in names else None)
+        return taken(cost(this.grid.runs[run_id]).total, facts, devices(this.grid.resources))
+
+    present = this.store.facts()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(this.grid.runs, pool.map(look, this.grid.runs), strict=True))
+
+
+def _hold_back(this: _Launch, run_ids: list[str], hours: float, board: Board) -> None:
+    """Say of runs that the budget has no room for why they do not begin: here and in the store."""
+    assert this.grid.budget is not None
+    of = of_budget(this.grid.budget.hours, hours, unit(this.grid.resources))
+    this.say(f"{this.grid.name}: budget spent: {of}; {len(run_ids)} runs are not begun")
+
+    def note(run_id: str) -> None:
+        board.put_back(run_id, f"budget spent: {of}")
+        fresh = {"status": records.PENDING, "steps": this.grid.runs[run_id].schedule.steps}
+        with contextlib.suppress(StoreError):
+            before = this.store.status(run_id) or fresh
+            if before["status"] == records.PENDING:
+                this.store.put_status(run_id, {**before, "reason": f"budget spent: {of}"})
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(note, run_ids))
+
+
+def _job(run_id: str, run: RunConfig, this: _Launch) -> Job:
     data = run.data
     if data.path is not None:  # agents may start in another folder
         run = run.model_copy(update={"data": data.model_copy(update={"path": str(expanded(data.path))})})
-    resources = grid.resources.model_dump(mode="json")
-    return Job(run_id, run.model_dump(mode="json"), store.url, launch, resources)
+    resources = this.grid.resources.model_dump(mode="json")
+    return Job(run_id, run.model_dump(mode="json"), this.store.url, this.name, resources)
 
 
-def _check_capacity(grid: Grid, capacity: Capacity, address: str | None) -> None:
-    """A run that can never be placed would wait for ever without a word."""
-    from mmsweep.trial import request
-
-    wanted = request(grid.resources)
-    have = {"CPU": capacity.cpus, "GPU": capacity.gpus}
-    for kind, amount in wanted.items():
-        if amount > have[kind] and address is None:
-            raise InputError(
-                f"a run of this grid needs {amount:g} {kind}s and this machine has {have[kind]:g}; "
-                "change resources in the grid, or name a cluster with --address"
-            )
-        if amount > have[kind]:
-            print(
-                f"waiting: a run needs {amount:g} {kind}s, the cluster has {have[kind]:g} so far", flush=True
-            )
-
-
-def _end(grid: Grid, store: RunStore, board: Board, begun: float, *, show: bool) -> int:
+def _end(this: _Launch, board: Board, begun: float, why: str, *, show: bool) -> int:
+    """Say how it ended, here, in the store and to the chat room; `why`: what stopped it, if anything did."""
+    grid, store = this.grid, this.store
+    if why:
+        this.say(f"{grid.name}: {why}")
     stopping = [run_id for run_id, row in board.rows.items() if row.news.status == records.RUNNING]
     if stopping:
-        print(f"stopping: {len(stopping)} runs save their state", flush=True)
-        _wait_until_saved(store, stopping)
+        this.say(f"stopping: {len(stopping)} runs save their state")
+        _wait_until_saved(this, stopping)
     finished = _finished(store, grid)
-    trouble = {
-        run_id: row.news
-        for run_id, row in board.rows.items()
-        if row.news.status in (records.FAILED, records.OOM)
-    }
-    print(f"{len(finished)} of {len(grid.runs)} runs done in {duration(time.monotonic() - begun)}")
+    outcome = f"{len(finished)} of {len(grid.runs)} runs done in {duration(time.monotonic() - begun)}"
+    this.say(outcome)
+    trouble = {run_id: row.news for run_id, row in board.rows.items() if row.news.status in TROUBLE}
     for run_id, news in trouble.items():
         _publish_failure(store, run_id, news)
-        print(f"{run_id}: {news.status} at step {news.step}: {news.reason}")
+        this.say(f"{run_id}: {news.status} at step {news.step}: {news.reason}")
+    states = [news.status for news in trouble.values()]
+    others = [f"{states.count(what)} {what}" for what in TROUBLE if what in states]
+    this.hook.send("; ".join([f"{grid.name}: {outcome}", *others, *([why] if why else [])]))
     if finished:
         _report(store, grid, show=show)
     if len(finished) == len(grid.runs):
         return 0
-    print("the same command goes on from here")
+    this.say("the same command goes on from here")
     return 1
+
+
+def _tell_trouble(this: _Launch, run_id: str, news: News) -> None:
+    this.hook.send(f"{this.grid.name}: {run_id} {news.status} at step {news.step}: {news.reason}")
 
 
 def _publish_failure(store: RunStore, run_id: str, news: News) -> None:
@@ -198,19 +337,19 @@ def _publish_failure(store: RunStore, run_id: str, news: News) -> None:
             store.put_status(run_id, {**status, "status": news.status, "reason": news.reason})
 
 
-def _wait_until_saved(store: RunStore, run_ids: list[str]) -> None:
+def _wait_until_saved(this: _Launch, run_ids: list[str]) -> None:
     """Agents save and ship after their launcher has let go; give them time to say so."""
     deadline = time.monotonic() + STOP_GRACE_S
     while time.monotonic() < deadline:
         try:
-            run_ids = [r for r in run_ids if (store.status(r) or {}).get("status") == records.RUNNING]
+            run_ids = [r for r in run_ids if (this.store.status(r) or {}).get("status") == records.RUNNING]
         except StoreError as error:
-            print(error, file=sys.stderr)
+            this.log.say(str(error), error=True)
             return
         if not run_ids:
             return
         time.sleep(0.5)
-    print(f"still saving after {STOP_GRACE_S:.0f} s: {', '.join(run_ids)}", file=sys.stderr)
+    this.log.say(f"still saving after {STOP_GRACE_S:.0f} s: {', '.join(run_ids)}", error=True)
 
 
 def _report(store: RunStore, grid: Grid, *, show: bool) -> int:
@@ -220,8 +359,9 @@ def _report(store: RunStore, grid: Grid, *, show: bool) -> int:
 
 
 def _finished(store: RunStore, grid: Grid) -> set[str]:
-    stored = set(store.run_ids())
-    return {run_id for run_id in grid.runs if run_id in stored and store.summary(run_id) is not None}
+    return {
+        run_id for run_id, names in store.facts().items() if records.SUMMARY in names and run_id in grid.runs
+    }
 
 
 # --- what it costs -------------------------------------------------------------------------------

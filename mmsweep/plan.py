@@ -25,6 +25,7 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from mmsweep.budget import Budget, concurrent_runs, device_seconds, devices, of_budget, unit
 from mmsweep.contents import size
 from mmsweep.grid import Grid, load_grid
 from mmsweep.launch import amount, grid_path
@@ -37,7 +38,7 @@ from trainers.corpus import identify
 from trainers.devices import PEAKS, peak
 from trainers.errors import InputError, did_you_mean
 from trainers.flops import cost
-from trainers.records import COMPLETED
+from trainers.records import COMPLETED, SUMMARY
 from trainers.yamlfile import Layer, explain, parse, raise_if
 
 MFU = 0.35
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rate, lanes, price = _rate(arguments, grid), _lanes(arguments, grid), _price(arguments)
         _print(plan(grid, rate, lanes, _finished(arguments, grid)), price)
         print(f"at {_speed(arguments)}")
+        if grid.budget is not None and not arguments.fresh:
+            print(_budget(open_store(arguments.store or grid.store), grid, grid.budget))
         if arguments.gap is not None:
             _print_seeds(grid, rate, arguments)
     except (InputError, StoreError) as error:
@@ -122,10 +125,19 @@ def _finished(arguments: argparse.Namespace, grid: Grid) -> set[str]:
     if arguments.fresh:
         return set()
     store = open_store(arguments.store or grid.store)
-    present = [run_id for run_id in store.run_ids() if run_id in grid.runs]
+    return {run_id for run_id, names in store.facts().items() if SUMMARY in names and run_id in grid.runs}
+
+
+def _budget(store: RunStore, grid: Grid, budget: Budget) -> str:
+    """What all attempts of the grid's runs have taken so far, and what is left."""
+    present = [run_id for run_id in store.facts() if run_id in grid.runs]
     with ThreadPoolExecutor(_THREADS) as pool:
-        summaries = pool.map(store.summary, present)
-        return {run_id for run_id, summary in zip(present, summaries, strict=True) if summary is not None}
+        facts = pool.map(lambda run_id: store.summary(run_id) or store.status(run_id), present)
+        spent = sum(device_seconds(each, devices(grid.resources)) for each in facts) / 3600
+    what = unit(grid.resources)
+    return (
+        f"budget: {of_budget(budget.hours, spent, what)} spent, {_hours(max(0.0, budget.hours - spent))} left"
+    )
 
 
 # --- prices of GPUs ------------------------------------------------------------------------------
@@ -315,17 +327,6 @@ def _prices(run: RunConfig, resources: Resources, rate: Rate) -> tuple[int, floa
     return price.tokens, price.total, seconds, device_seconds / 3600, stored_bytes(run)
 
 
-def concurrent_runs(resources: Resources, *, gpus: int, cpus: int) -> int:
-    """Runs that go at once: no GPU is shared beyond what it has, and no run waits for a worker's place."""
-    share = resources.gpus_per_worker
-    if share:
-        places = gpus * math.floor(1 / share + 1e-9)
-    else:
-        places = math.floor(cpus / resources.cpus_per_worker + 1e-9)
-    runs = places // resources.workers
-    return min(runs, resources.max_concurrent or runs)
-
-
 def makespan(seconds: Iterable[float], lanes: int) -> float:
     """End of the last of some jobs, the longest first, each on the lane that is free first.
 
@@ -344,7 +345,7 @@ def _print(made: Plan, price: Price | None) -> None:
     grid = made.grid
     table = Table(box=None, pad_edge=False)
     table.add_column("arm", no_wrap=True)
-    for name in ("runs", "tokens", "FLOP", _unit(grid), *(["money"] if price else []), "bytes"):
+    for name in ("runs", "tokens", "FLOP", unit(grid.resources), *(["money"] if price else []), "bytes"):
         table.add_column(name, justify="right", no_wrap=True)
     arms: dict[str, list[RunPlan]] = {arm: [] for arm in grid.arms}
     for run in made.todo:
@@ -369,10 +370,6 @@ def _print(made: Plan, price: Price | None) -> None:
         print(f"at the spot price: {total * price.spot_price_per_hour:,.2f}")
 
 
-def _unit(grid: Grid) -> str:
-    return "GPU-hours" if grid.resources.gpus_per_worker else "worker-hours"
-
-
 def _hours(hours: float) -> str:
     return f"{hours:,.1f}" if hours >= 10 else f"{hours:.3g}"
 
@@ -395,7 +392,7 @@ def _print_seeds(grid: Grid, rate: Rate, arguments: argparse.Namespace) -> None:
     hours = sum(run.gpu_hours for run in everything.todo) / len(grid.seeds) * seeds
     print(
         f"a gap of {arguments.gap:g} at sigma {sigma:.3g}{whence}: {seeds} seeds an arm find it with 90% "
-        f"power (t test of two arms, two-sided 5%); {_hours(hours)} {_unit(grid)} for this grid"
+        f"power (t test of two arms, two-sided 5%); {_hours(hours)} {unit(grid.resources)} for this grid"
     )
 
 

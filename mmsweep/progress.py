@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from rich.console import Console
 from rich.live import Live
@@ -27,7 +30,41 @@ COLOURS = {
     records.DIVERGED: "yellow",
     records.FAILED: "red",
     records.OOM: "red",
+    records.QUARANTINED: "magenta",
 }
+TROUBLE = (records.FAILED, records.OOM, records.QUARANTINED)
+"""Statuses of runs that were given up."""
+
+LOG_BYTES = 2**20
+"""Of a launch's log the end is kept."""
+
+
+class Log:
+    """What a launch says: printed as it comes, and kept with the time. Safe to use from several threads."""
+
+    def __init__(self, most: int = LOG_BYTES) -> None:
+        self._most = most
+        self._lines: deque[str] = deque()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def say(self, text: str, *, error: bool = False) -> None:
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+        self.keep(text)
+
+    def keep(self, text: str) -> None:
+        """As `say`, for what is shown in another way."""
+        line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}\n"
+        with self._lock:
+            self._lines.append(line)
+            self._bytes += len(line.encode())
+            while self._bytes > self._most:
+                self._bytes -= len(self._lines.popleft().encode())
+
+    def text(self) -> str:
+        """The lines, oldest first; times are UTC."""
+        with self._lock:
+            return "".join(self._lines)
 
 
 @dataclass
@@ -43,6 +80,8 @@ class Row:
     printed: float = 0.0
     said: str = ""
     """The last reason that got a line."""
+    given_up: bool = False
+    """It is known that this run has failed for good."""
 
     def seconds_left(self) -> float | None:
         if self.begun is None or self.news.step <= self.begun[1]:
@@ -55,9 +94,18 @@ class Board:
     """State of every run of a launch. Tune's callbacks write it, `show` displays it."""
 
     def __init__(
-        self, runs: dict[str, RunConfig], *, done_before: int = 0, console: Console | None = None
+        self,
+        runs: dict[str, RunConfig],
+        *,
+        done_before: int = 0,
+        console: Console | None = None,
+        log: Log | None = None,
+        on_trouble: Callable[[str, News], None] = lambda *_: None,
     ) -> None:
+        """`on_trouble` is called once for every run that has failed for good."""
         self.console = console or Console(highlight=False)
+        self.log = log or Log()
+        self.on_trouble = on_trouble
         self.live = self.console.is_terminal
         self.done_before = done_before
         self.rows = {
@@ -77,17 +125,28 @@ class Board:
         row.news = news
         if row.begun is None and news.train_loss is not None:
             row.begun = (time.monotonic(), news.step)
-        if not self.live:
-            self._print_when_due(run_id, row)
+        self._line_when_due(run_id, row)
+        if news.done and not news.retry:
+            self._check_trouble(run_id, row)
 
     def retrying(self, run_id: str) -> None:
-        if not self.live:
-            self._line(f"{run_id}  failed, trying again: {self.rows[run_id].news.reason}")
+        self._line(f"{run_id}  failed, trying again: {self.rows[run_id].news.reason}")
 
     def failed(self, run_id: str) -> None:
+        """Tune does not try this run again."""
         row = self.rows[run_id]
         if row.news.status in (records.PENDING, records.RUNNING):  # it died without a last word
             row.news = News(records.FAILED, step=row.news.step, reason="the trial's process died", done=True)
+        self._check_trouble(run_id, row)
+
+    def _check_trouble(self, run_id: str, row: Row) -> None:
+        if row.news.status in TROUBLE and not row.given_up:
+            row.given_up = True
+            self.on_trouble(run_id, row.news)
+
+    def put_back(self, run_id: str, reason: str) -> None:
+        """This launch does not begin the run."""
+        self.rows[run_id].news = News(records.PENDING, steps=self.rows[run_id].steps, reason=reason)
 
     # --- what is seen -----------------------------------------------------------------------------
 
@@ -105,8 +164,9 @@ class Board:
         text = f"{finished}/{self.done_before + len(states)} done"
         if running := states.count(records.RUNNING):
             text += f", {running} running"
-        if failed := sum(s in (records.FAILED, records.OOM) for s in states):
-            text += f", {failed} failed"
+        for what in TROUBLE:
+            if count := states.count(what):
+                text += f", {count} {what}"
         return text
 
     def table(self) -> Table:
@@ -136,15 +196,15 @@ class Board:
         room = min(MOST_ROWS, max(5, self.console.height - 4))
         if len(rows) <= room:
             return rows
-        order = {records.RUNNING: 0, records.FAILED: 1, records.OOM: 1, records.PENDING: 2}
+        order = {records.RUNNING: 0, **dict.fromkeys(TROUBLE, 1), records.PENDING: 2}
         return sorted(rows, key=lambda row: order.get(row.news.status, 3))[:room]
 
-    def _print_when_due(self, run_id: str, row: Row) -> None:
+    def _line_when_due(self, run_id: str, row: Row) -> None:
         news = row.news
         if news.done:
             what = f"{news.status}" + (f": {news.reason}" if news.reason else "")
             self._line(f"{run_id}  {what}  step {news.step}/{row.steps}  val {_loss(news.val_loss)}")
-        elif news.reason != row.said:
+        elif news.reason != row.said and news.status not in TROUBLE:  # its end follows
             row.said = news.reason
             self._line(f"{run_id}  {news.reason or 'goes on'}")
         elif news.train_loss is not None and time.monotonic() - row.printed > LINE_S:
@@ -155,7 +215,12 @@ class Board:
             )
 
     def _line(self, text: str) -> None:
-        print(f"[{self.counts()}] {text}", file=sys.stdout, flush=True)
+        """Said where there is no table, and kept in either case."""
+        line = f"[{self.counts()}] {text}"
+        if self.live:
+            self.log.keep(line)
+        else:
+            self.log.say(line)
 
 
 def _loss(value: float | None) -> str:

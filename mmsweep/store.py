@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmsweep.lease import BEAT_S, Claim, Lease, claims
 from mmsweep.objects import DamagedError, DirectoryStore, NotFound, ObjectStore, StoreError, check_key
-from mmsweep.rows import Rows, from_parquet, merge, to_parquet, to_table
+from mmsweep.rows import Rows, read, to_parquet
 from trainers.config import NAME_PATTERN, RUN_ID
 from trainers.errors import InputError, did_you_mean
 from trainers.manifest import CorruptError, checkpoint_name, parse_manifest, verify
@@ -42,7 +42,6 @@ from trainers.records import (
     STATUS,
     SUMMARY,
     dumps,
-    parse_part,
     with_floats,
 )
 
@@ -64,6 +63,8 @@ T = TypeVar("T")
 QUARANTINE = "checkpoints-bad"
 LEASES = "leases"
 STOP = "stop.json"
+HELD = ".shipping"
+"""Folder of a local run folder: links to the files of the checkpoint that is on its way."""
 KEPT_CHECKPOINTS = 2
 """Of each run, unless somebody asks for another number."""
 GRID_BEAT_S = 2.0
@@ -140,8 +141,15 @@ class _Cell(_Shape):
     axes: dict[str, Any] = {}
 
 
+class _Limit(_Shape):
+    hours: float
+    unit: str
+    devices: float
+
+
 class _Index(_Shape):
     name: str
+    budget: _Limit | None = None
     arms: dict[str, dict[str, Any]] = {}
     axes: list[str] = []
     cells: list[_Cell]
@@ -164,6 +172,8 @@ class _Status(_Measured):
     updated: float | None = None
     progressed: float | None = None
     log_tail: list[str] = []
+    failures: list[dict[str, Any]] = []
+    device_seconds: float | None = None
 
 
 class _Summary(_Measured):
@@ -173,6 +183,10 @@ class _Summary(_Measured):
     horizon: int
     final_val_loss: float | None
     attempts: int = 1
+    started: float = 0.0
+    finished: float = 0.0
+    train_seconds: float = 0.0
+    device_seconds: float | None = None
 
 
 @dataclass
@@ -244,6 +258,22 @@ class RunStore:
         """Who has the lease of a grid, dead or alive; seldom more than one."""
         return [claim for claim in claims(self.objects, _grid_lease(name)) if claim.held]
 
+    def workers(self, run_id: str) -> list[Claim]:
+        """Who has the lease of a run, dead or alive; seldom more than one."""
+        return [claim for claim in claims(self.objects, _key(run_id, LEASES)) if claim.held]
+
+    # What launches say
+
+    def put_launch_log(self, grid: str, launch: str, text: str) -> None:
+        self.objects.put(_launch_log(grid, launch), text.encode())
+
+    def launch_log(self, grid: str, launch: str) -> str:
+        """What a launch has said so far; empty where it has kept nothing."""
+        try:
+            return self.objects.get(_launch_log(grid, launch)).decode(errors="replace")
+        except NotFound:
+            return ""
+
     # Requests to stop, which a launch and its agents look for
 
     def request_stop(self, *, grid: str | None = None, run_id: str | None = None) -> None:
@@ -261,6 +291,22 @@ class RunStore:
 
     def run_ids(self) -> list[str]:
         return [name for name in self.objects.children("runs") if _is_run_id(name)]
+
+    def facts(self) -> dict[str, set[str]]:
+        """For every run, which of its summary, status, request to stop and claims are there: one listing."""
+        found: dict[str, set[str]] = {}
+        for key in self.objects.list("runs"):
+            _, run_id, name = key.split("/", 2) if key.count("/") > 1 else ("", "", "")
+            if not _is_run_id(run_id):
+                continue
+            names = found.setdefault(run_id, set())
+            if name in (SUMMARY, STATUS, STOP) or name.startswith(f"{LEASES}/"):
+                names.add(name)
+        return found
+
+    def saved_step(self, run_id: str) -> int | None:
+        """The step of the newest complete checkpoint; None: there is none."""
+        return max(map(int, self._complete(run_id)), default=None)
 
     def config(self, run_id: str) -> dict[str, Any] | None:
         return self._json(_key(run_id, CONFIG), _Config)
@@ -331,15 +377,31 @@ class RunStore:
         shipped.parts = {key for key in self.objects.list(_key(run_id)) if PART.search(key)}
         for name in self._complete(run_id):
             key = _key(run_id, CHECKPOINTS, name, MANIFEST)
-            with suppress(NotFound):
+            try:
                 shipped.checkpoints[name] = self.objects.get(key) if name in local else b""
+            except NotFound:
+                continue  # pruned since it was listed
+            except DamagedError:
+                shipped.checkpoints[name] = b""  # so the local one takes its place
         shipped.listed = True
+
+    def waiting(self, run_id: str, run_dir: Path) -> int:
+        """Bytes of a local run folder that `ship` has still to send, as far as is known here.
+
+        The store is not asked, and a `ship` that is under way is not waited for.
+        """
+        shipped = self._shipped.setdefault(_run_id(run_id), _Shipped())
+        unsent = [path for key, path in _closed_parts(run_id, run_dir) if key not in shipped.parts]
+        local, stored = _local_checkpoints(run_dir), dict(shipped.checkpoints)
+        for name in sorted({*local, *stored}, key=int, reverse=True)[: self.keep]:
+            if local.get(name) not in (None, stored.get(name), shipped.refused.get(name)):
+                unsent += (run_dir / CHECKPOINTS / name).glob("*")
+        return sum(map(_size, unsent))
 
     def _ship_parts(self, run_id: str, run_dir: Path, shipped: _Shipped) -> int:
         written = 0
-        for path in sorted(run_dir.glob("attempt-*/*.jsonl")):
-            key = _key(run_id, path.parent.name, path.name)
-            if key not in shipped.parts and PART.search(key):
+        for key, path in _closed_parts(run_id, run_dir):
+            if key not in shipped.parts:
                 self.objects.put_file(key, path)
                 shipped.parts.add(key)
                 written += 1
@@ -352,7 +414,8 @@ class RunStore:
         for name in sorted({*local, *shipped.checkpoints}, key=int, reverse=True):
             known = (None, shipped.checkpoints.get(name), shipped.refused.get(name))
             if local.get(name) not in known:
-                written += self._ship_checkpoint(run_id, run_dir / CHECKPOINTS / name, local[name], shipped)
+                with _held(run_dir / CHECKPOINTS / name) as folder:
+                    written += self._ship_checkpoint(run_id, folder, local[name], shipped)
             kept += name in shipped.checkpoints
             if kept == self.keep:
                 break  # the others are older than what the store keeps
@@ -364,6 +427,8 @@ class RunStore:
         base = _key(run_id, CHECKPOINTS, folder.name)
         try:
             files = sorted(verify(folder)["files"])
+            if (folder / MANIFEST).read_bytes() != manifest:
+                return 0  # of the same step, and newer: for the next call
             self.objects.delete(f"{base}/{MANIFEST}")  # a different one of the same step
             for file in files:
                 self.objects.put_file(f"{base}/{file}", folder / file)
@@ -374,7 +439,7 @@ class RunStore:
             shipped.refused[folder.name] = manifest
             return 0
         except FileNotFoundError:
-            return 0  # the trainer has just replaced it by newer ones
+            return 0  # the trainer has replaced it by newer ones
         self.objects.put(f"{base}/{MANIFEST}", manifest)
         shipped.checkpoints[folder.name] = manifest
         return len(files) + 1
@@ -435,6 +500,8 @@ class RunStore:
                     return True
         except NotFound:
             return False  # pruned since it was listed
+        except DamagedError as error:
+            reason = str(error)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         self._quarantine(run_id, folder.name, str(reason))
@@ -447,7 +514,7 @@ class RunStore:
                 self.objects.get_file(f"{base}/{file}", folder / file)
             (folder / MANIFEST).write_bytes(manifest)
             verify(folder)
-        except (CorruptError, NotFound, ValueError, RecursionError) as error:
+        except (CorruptError, DamagedError, NotFound, ValueError, RecursionError) as error:
             return str(error).replace(f"{folder}/", "")
         return None
 
@@ -504,42 +571,8 @@ class RunStore:
             raise InputError(f'"{kind}" is not a kind of record{did_you_mean(kind, KINDS)}')
         for _ in range(3):
             with suppress(NotFound):  # compacted by another process since they were listed
-                return self._read_once(run_id, kind)
-        return self._read_once(run_id, kind)
-
-    def _read_once(self, run_id: str, kind: str) -> Rows:
-        base = _key(run_id)
-        tables: list[pa.Table] = []
-        alarms: dict[str, str] = {}
-        parquet = f"{base}/{kind}.parquet"
-        keys = self.objects.list(base)
-        parts = [key for key in keys if (match := PART.search(key)) and match[2] == kind]
-        if parquet in keys:
-            data = self.objects.get(parquet)
-            with self._readable(parquet):
-                table, alarms = from_parquet(data, kind)
-            if not parts:
-                return Rows(table, alarms, parts)
-            tables.append(table)
-        for key, data in zip(parts, _in_threads(self.objects.get, parts), strict=True):
-            with self._readable(key):
-                tables.append(to_table(list(parse_part(data, name="line")), kind))
-        table, fresh = merge(tables, kind)
-        return Rows(table, {**fresh, **alarms}, parts)
-
-    @contextmanager
-    def _readable(self, key: str) -> Iterator[None]:
-        try:
-            yield
-        except _UNREADABLE as error:
-            reason = " ".join(str(error).split())
-            raise DamagedError(f"{self.url}/{key}: damaged ({reason}); move it away") from error
-
-
-_UNREADABLE = (
-    *(ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, OSError),
-    pa.ArrowException,
-)
+                return read(self.objects, self.objects.entries(_key(run_id)), kind)
+        return read(self.objects, self.objects.entries(_key(run_id)), kind)
 
 
 def _in_threads(function: Callable[[str], T], keys: list[str]) -> Iterator[T]:
@@ -583,6 +616,10 @@ def _grid_lease(name: str) -> str:
     return f"grids/{_grid_name(name)}.lease"
 
 
+def _launch_log(grid: str, launch: str) -> str:
+    return f"grids/{_grid_name(grid)}.launches/{launch}.log"
+
+
 def _is_checkpoint(name: str) -> bool:
     return re.fullmatch(r"[0-9]{8,18}", name) is not None and checkpoint_name(int(name)) == name
 
@@ -595,6 +632,41 @@ def _local_checkpoints(run_dir: Path) -> dict[str, bytes]:
             with suppress(FileNotFoundError):
                 found[path.parent.name] = path.read_bytes()
     return found
+
+
+def _closed_parts(run_id: str, run_dir: Path) -> list[tuple[str, Path]]:
+    """Keys and files of the closed parts of a local run folder, in the order in which they are sent."""
+    found = ((_key(run_id, p.parent.name, p.name), p) for p in sorted(run_dir.glob("attempt-*/*.jsonl")))
+    return [(key, path) for key, path in found if PART.search(key)]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # replaced by newer ones
+        return 0
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[Path]:
+    """The files of a local checkpoint under second names, so that they stay when the trainer deletes it.
+
+    Else a store that is slower than the trainer would never get a whole one.
+    """
+    held = folder.parents[1] / HELD / folder.name
+    shutil.rmtree(held, ignore_errors=True)
+    try:
+        held.mkdir(parents=True)
+        for path in folder.iterdir():
+            (held / path.name).hardlink_to(path)
+    except OSError:  # gone already, or a disk without links: ship what is there
+        held, unused = folder, held
+        shutil.rmtree(unused, ignore_errors=True)
+    try:
+        yield held
+    finally:
+        if held != folder:
+            shutil.rmtree(held, ignore_errors=True)
 
 
 def _verified_or_set_aside(folder: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_notify import Room
 
+from mmsweep.grid import load_grid
 from mmsweep.store import RunStore, open_store
 from trainers import records
+from trainers.corpus import identify
 
 BAD_GRIDS = Path(__file__).parent / "bad_grids"
 STEPS = 12
@@ -75,6 +79,14 @@ def undisturbed(tmp_path_factory, texts) -> tuple[RunStore, str]:
     done = launch(folder / "tiny.yaml", folder / "store")
     assert done.returncode == 0, done.stdout + done.stderr
     return open_store(str(folder / "store")), done.stdout
+
+
+@pytest.fixture
+def room() -> Iterator[Room]:
+    """A chat room whose server refuses the first message once."""
+    room = Room(500)
+    yield room
+    room.stop()
 
 
 def command(grid: Path, store: Path | str, *options: str) -> list[str]:
@@ -232,51 +244,96 @@ def test_killed_and_stopped_launches_go_on_where_they_were(grid, tmp_path):
     assert table_1(store, tmp_path) == table_1(expected, tmp_path)
 
 
-def test_of_eight_launches_at_once_one_works_and_seven_name_it(grid, tmp_path):
-    long = grid(**{"seeds: [1, 2]": "seeds: [1]", "steps: 12": "steps: 100000"})
-    where = tmp_path / "store"
-    launches = {}
-    for _ in range(8):
-        one = subprocess.Popen(
-            command(long, where),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-            start_new_session=True,
-        )
-        launches[one.pid] = one
-    wait_for(lambda: sum(one.poll() is not None for one in launches.values()) == 7, "seven to leave")
-    (works,) = (pid for pid, one in launches.items() if one.poll() is None)
-    store = open_store(str(where))
-    (owner,) = store.launches("tiny")
-    assert owner.pid == works
-    shown = subprocess.run(
-        [sys.executable, "-m", "mmsweep.status", str(where)], capture_output=True, text=True
-    )
-    for pid, one in launches.items():
-        if pid != works:
-            printed, told = one.communicate()
-            assert (one.returncode, printed) == (2, "")
-            assert told.startswith(f"tiny is being launched by {owner.who()}, last heartbeat ")
-            assert len(told.splitlines()) == 1
-    assert f"tiny: launched by {owner.who()}" in shown.stdout
+@contextlib.contextmanager
+def held(store: RunStore, grid: Path) -> Iterator[None]:
+    """The leases of the grid's runs: whoever launches it has to wait for them."""
+    with contextlib.ExitStack() as leases:
+        for run_id in load_grid(grid, identify=identify).runs:
+            lease = leases.enter_context(store.run_lease(run_id, "the test"))
+            wait_for(lease.advance, "a lease")
+        yield
 
-    wait_for(lambda: bool(list(where.glob("runs/*/status.json"))), "training")
-    # Somebody who heard nothing for a minute declares it dead: it stops at its next heartbeat.
-    store.objects.put(f"grids/tiny.lease/{owner.nonce}.dead", b"")
-    printed, told = launches[works].communicate(timeout=90)
-    assert launches[works].returncode == 1
-    assert printed.startswith("tiny: 2 runs, 0 done, 2 to train")
-    assert "another has taken over; stopping" in told
-    assert store.objects.children("grids") == ["tiny.json", "tiny.yaml"]
+
+def start(grid: Path, store: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(grid, store),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=store.parent,
+        start_new_session=True,
+    )
+
+
+def test_of_eight_launches_at_once_one_trains_and_seven_name_it(grid, tmp_path, undisturbed):
+    expected, _ = undisturbed
+    path = grid(**{"seeds: [1, 2]": "seeds: [1]"})
+    where = tmp_path / "store"
+    store = open_store(str(where))
+    with held(store, path):
+        launches = {one.pid: one for one in (start(path, where) for _ in range(8))}
+        wait_for(lambda: sum(one.poll() is not None for one in launches.values()) == 7, "seven to leave")
+        (works,) = (pid for pid, one in launches.items() if one.poll() is None)
+        (owner,) = store.launches("tiny")
+        assert owner.pid == works
+        shown = subprocess.run(
+            [sys.executable, "-m", "mmsweep.status", str(where)], capture_output=True, text=True
+        )
+        assert f"tiny: launched by {owner.who()}" in shown.stdout
+        for pid, one in launches.items():
+            if pid != works:
+                printed, told = one.communicate()
+                assert (one.returncode, printed) == (2, "")
+                assert told.startswith(f"tiny is being launched by {owner.who()}, last heartbeat ")
+                assert len(told.splitlines()) == 1
+    printed, told = launches[works].communicate(timeout=120)
+    assert launches[works].returncode == 0, printed + told
+    assert "2 of 2 runs done" in printed
+    assert told == ""
+    of_seed_1 = {run_id: values for run_id, values in losses(expected).items() if "-s1-" in run_id}
+    assert losses(store) == of_seed_1  # every step once
+    assert {store.summary(run_id)["attempts"] for run_id in of_seed_1} == {1}
+    (log,) = (where / "grids" / "tiny.launches").iterdir()
+    kept = [line[20:] for line in log.read_text().splitlines()]  # without the times
+    assert kept == [line for line in printed.splitlines() if line.startswith(("tiny: ", "[", "2 of 2"))]
+
+
+def test_a_launch_that_was_declared_dead_or_gets_sigterm_stops_its_runs_without_noise(grid, tmp_path):
+    path = grid(**{"seeds: [1, 2]": "seeds: [1]"})
+    where = tmp_path / "store"
+    store = open_store(str(where))
+    endings = {}
+    with held(store, path):
+        for how in ("declared dead", "SIGTERM"):
+            one = start(path, where)
+            begun = [one.stdout.readline()]
+            while "waits for pid" not in begun[-1]:
+                begun.append(one.stdout.readline())
+                assert begun[-1], one.communicate()
+            (owner,) = store.launches("tiny")
+            if how == "SIGTERM":
+                one.terminate()
+            else:  # by somebody who heard nothing for a minute
+                store.objects.put(f"grids/tiny.lease/{owner.nonce}.dead", b"")
+            printed, told = one.communicate(timeout=90)
+            endings[how] = "".join(begun) + printed, told, one.returncode
+    for how, said in (
+        ("declared dead", "another launch has taken over; stopping"),
+        ("SIGTERM", "by SIGTERM"),
+    ):
+        printed, told, code = endings[how]
+        assert (code, told) == (1, "")
+        assert printed.startswith("tiny: 2 runs, 0 done, 2 to train")
+        assert said in printed
+        assert printed.endswith("the same command goes on from here\n")
+    assert store.objects.children("grids") == ["tiny.json", "tiny.launches", "tiny.yaml"]
 
 
 def _finished(store: RunStore) -> list[str]:
     return [run_id for run_id in store.run_ids() if store.summary(run_id)]
 
 
-def test_a_failing_run_never_stops_the_others_and_a_killed_worker_is_tried_again(grid, tmp_path):
+def test_a_failing_run_never_stops_the_others_and_a_killed_worker_is_tried_again(grid, tmp_path, room):
     broken = grid(
         **{
             "seeds: [1, 2]": "seeds: [1]",
@@ -289,8 +346,9 @@ def test_a_failing_run_never_stops_the_others_and_a_killed_worker_is_tried_again
     )
     where = tmp_path / "store"
     running = subprocess.Popen(
-        command(broken, where), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
-    )
+        command(broken, where), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+        env={**os.environ, "MMSWEEP_WEBHOOK": f"{room.url}/secret"},
+    )  # fmt: skip
     victims: list[psutil.Process] = []
 
     def killed() -> bool:
@@ -298,9 +356,11 @@ def test_a_failing_run_never_stops_the_others_and_a_killed_worker_is_tried_again
         return bool(victims) and _checkpoints(where, "hetero") > 0
 
     wait_for(killed, "a checkpoint of the run whose worker is to die")
+    assert all("MMSWEEP_WEBHOOK" not in process.environ() for process in processes("mmsweep.agent"))
     victims[-1].kill()
     printed, _ = running.communicate(timeout=240)
     assert running.returncode == 1, printed
+    assert room.url not in printed
     store = open_store(str(where))
     by_arm = {run_id.split("-")[0]: run_id for run_id in store.run_ids()}
     assert sorted(r.split("-")[0] for r in _finished(store)) == ["hetero", "plain"]
@@ -311,6 +371,10 @@ def test_a_failing_run_never_stops_the_others_and_a_killed_worker_is_tried_again
     assert failed["reason"].startswith('runtime.device is "cuda" and torch finds no CUDA device')
     assert f"{by_arm['broken']}: failed at step 0" in printed
     assert "2 of 3 runs done" in printed
+    of_the_run, of_the_end = [message["text"] for message in room.taken]
+    assert of_the_run.startswith(f"tiny: {by_arm['broken']} failed at step 0: runtime.device is")
+    assert re.fullmatch(r"tiny: 2 of 3 runs done in [\d:]+; 1 failed", of_the_end)
+    assert b"/secret" not in b"".join(path.read_bytes() for path in where.rglob("*.*") if path.is_file())
     told = subprocess.run(
         [sys.executable, "-m", "mmsweep.status", str(where)], capture_output=True, text=True
     )
@@ -339,10 +403,10 @@ def test_more_than_the_machine_has_is_refused(grid, tmp_path):
     if done.returncode == 0:
         pytest.skip("this machine has a GPU")
     assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        "a run of this grid needs 1 GPUs and this machine has 0; "
-        "change resources in the grid, or name a cluster with --address"
-    ]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("a run needs ")
+    assert "1 GPU" in line
+    assert line.endswith("or name a cluster with --address")
 
 
 # --- planning ------------------------------------------------------------------------------------
@@ -416,6 +480,8 @@ def test_an_unknown_command_suggests_the_right_one():
         ["mmsweep", "launch", "quickstart", "--dry-run"],
         ["mmsweep.launch", "quickstart", "--dry-run"],
         ["mmsweep.status", "STORE"],
+        ["mmsweep.status", "STORE", "--watch"],
+        ["mmsweep", "stop", "STORE", "tiny"],
         ["mmsweep", "report", "STORE"],
         ["mmsweep", "--help"],
     ],

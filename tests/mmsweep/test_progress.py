@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
 
 from mmsweep.agent import News
 from mmsweep.cluster import check_authentication, connect
-from mmsweep.progress import Board, duration
+from mmsweep.progress import Board, Log, duration
 from trainers import records
 from trainers.config import RunConfig
 from trainers.errors import InputError
@@ -62,6 +63,48 @@ def test_a_trial_that_died_without_a_word_has_failed(board):
     board.started(run_id)
     board.failed(run_id)
     assert board.rows[run_id].news.status == records.FAILED
+
+
+def test_trouble_is_told_once_and_never_of_a_run_that_is_tried_again(board):
+    first, second, third = board.rows
+    told = []
+    board.on_trouble = lambda run_id, news: told.append((run_id, news.status))
+    board.heard(first, News("failed", step=7, done=True, retry=True))
+    board.retrying(first)
+    board.started(first)
+    assert told == []
+    board.heard(first, News("quarantined", step=7, done=True))
+    board.failed(first)
+    board.failed(second)
+    board.heard(third, News("completed", step=9, done=True))
+    assert told == [(first, records.QUARANTINED), (second, records.FAILED)]
+    assert board.counts() == "3/5 done, 1 failed, 1 quarantined"
+
+
+def test_a_run_that_is_put_back_waits_and_says_why(board):
+    [run_id, *_] = board.rows
+    board.put_back(run_id, "budget spent: 2 of 1 GPU-hours")
+    assert "budget spent: 2 of 1 GPU-hours" in shown(board)
+    assert board.rows[run_id].news.status == records.PENDING
+
+
+def test_a_log_keeps_the_end_of_what_was_said(capsys):
+    log = Log(most=60)
+    log.say("one")
+    log.say("två", error=True)
+    log.keep("three")
+    assert [line[20:] for line in log.text().splitlines()] == ["två", "three"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d två", log.text().splitlines()[0])
+    assert capsys.readouterr() == ("one\n", "två\n")
+
+
+def test_a_board_on_a_terminal_keeps_the_lines_that_it_does_not_print(capsys):
+    live = Board(
+        {"a-s1-00000000": RunConfig(arm="a", seed=1)}, console=Console(force_terminal=True), log=Log()
+    )
+    live.heard("a-s1-00000000", News("completed", step=9, val_loss=1.5, done=True))
+    assert capsys.readouterr().out == ""
+    assert live.log.text().endswith("[1/1 done] a-s1-00000000  completed  step 9/50000  val 1.5000\n")
 
 
 @pytest.mark.parametrize(

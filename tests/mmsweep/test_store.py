@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from mmsweep.objects import Entry
 from mmsweep.s3 import S3Store
 from mmsweep.store import DirectoryStore, NotFound, ObjectStore, RunStore, StoreError, check_key, open_store
 from trainers.errors import InputError
@@ -963,10 +964,10 @@ def test_reading_while_another_process_compacts(runs: RunStore, objects: ObjectS
         def __getattr__(self, name: str) -> Any:
             return getattr(objects, name)
 
-        def list(self, prefix: str) -> list[str]:
-            keys = objects.list(prefix)
+        def entries(self, prefix: str) -> list[Entry]:
+            found = objects.entries(prefix)
             runs.compact(RUN)
-            return keys
+            return found
 
     assert RunStore(Compacting()).table(RUN, "steps").num_rows == 4
 
