@@ -5,10 +5,11 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from mmsweep.placement import Node
 from trainers.errors import InputError
 
 # Ray's own defaults are for notebooks: these keep it quiet, keep our working directory, let an
@@ -20,6 +21,9 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_MAX_PENDING_TRIALS_PG": "100000",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # tracebacks of Ray's own, also where a retry follows
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1e9",  # `mmsweep.placement` says it better
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S_AUTOSCALER": "1e9",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_worker_niceness": "0",
 }
@@ -54,6 +58,8 @@ def connect(address: str | None) -> Iterator[Capacity]:
         _check_listening(address)
     import ray
 
+    # What Ray prints of a node that dies is twenty lines of counters, also with log_to_driver=False.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     local = {
         "num_cpus": usable_cpus(),
         "object_store_memory": _OBJECT_STORE_BYTES,
@@ -66,7 +72,7 @@ def connect(address: str | None) -> Iterator[Capacity]:
             logging_level="ERROR",
             **(local if address is None else {}),
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray's own are of many kinds, a plain Exception among them
         reason = (str(error).splitlines() or [""])[0]
         if address is None:
             raise InputError(f"Ray does not start on this machine: {reason}") from None
@@ -80,6 +86,29 @@ def connect(address: str | None) -> Iterator[Capacity]:
         yield Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), nodes)
     finally:
         ray.shutdown()
+
+
+def nodes() -> list[Node]:
+    """The machines of the connected cluster that are alive."""
+    import ray
+    from ray._private.state import available_resources_per_node  # the public one needs the dashboard
+
+    free = available_resources_per_node()
+    return [
+        Node(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def to_come() -> list[Mapping[str, float]]:
+    """What the further machines would have that the cluster's autoscaler may start; none without one."""
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    groups = config.node_group_configs if config is not None else ()
+    # A count of -1 is no limit; no run of ours spans more than this many.
+    return [dict(g.resources) for g in groups for _ in range(g.max_count if 0 <= g.max_count < 64 else 64)]
 
 
 def check_authentication(address: str) -> None:

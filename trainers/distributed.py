@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,10 @@ from trainers.errors import InputError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A worker that waits longer than this for the others fails, so that a hang ends."""
+
+LISTENER = "MASTER_LISTEN_FD"
+"""Environment variable: in rank 0 the descriptor of a socket that listens at MASTER_PORT already, so that no
+other process can have taken the port meanwhile; empty in the others. torchrun does not set it."""
 
 
 _last: list[object] = []
@@ -78,9 +83,28 @@ def join(wanted: str) -> Iterator[Group]:
         return
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     one_gpu_each = device.type == "cuda" and local_world <= torch.cuda.device_count()
-    dist.init_process_group("nccl" if one_gpu_each else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    backend = "nccl" if one_gpu_each else "gloo"
+    if LISTENER in os.environ:
+        store = _store(rank, world_size)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+        )
+    else:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     _last[:] = [dist.group.WORLD]
     try:
         yield Group(rank, world_size, device)
     finally:
         dist.destroy_process_group()
+
+
+def _store(rank: int, world_size: int) -> Any:
+    """Where the ranks meet: rank 0 serves it on the socket that was handed to it."""
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=rank == 0,
+        timeout=COLLECTIVE_TIMEOUT,
+        master_listen_fd=int(os.environ[LISTENER]) if rank == 0 else None,
+    )

@@ -1,0 +1,208 @@
+"""A further machine of a run that spans several: starts its share of the workers when the agent says so.
+
+The agent, on the machine of rank 0, has the lease, the store and the records; a follower has none of
+them. It knows nothing of Ray. Its first line of standard input is an `Invitation`; it answers with
+the port that it listens at. An agent that connects says the token, then what to start, then what to do:
+one line of JSON each. The follower sends exit codes, logs of workers that failed, and stacks.
+
+The end of standard input (whoever launched it is gone) and SIGTERM (this machine goes away) make it
+ask its workers to stop: they vote with the others in the next step, so that the whole run saves its
+state. When the agent is gone, so is the run: the workers are killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hmac
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mmsweep import evidence
+from mmsweep.workers import (
+    EXIT_BAD_INPUT,
+    STOP_GRACE_S,
+    Ranks,
+    Share,
+    command,
+    notice_silence,
+)
+
+POLL_S = 0.1
+HELLO_S = 10.0
+"""How long one who connects may take to say the token."""
+_LONGEST_LINE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    host: str
+    """The address of this machine to listen at."""
+    token: str
+    """What an agent has to say first."""
+
+
+class Follower:
+    """Serves one agent after another until `launcher_gone` or `machine_goes` is set."""
+
+    def __init__(
+        self, invitation: Invitation, launcher_gone: threading.Event, machine_goes: threading.Event
+    ) -> None:
+        family = socket.AF_INET6 if ":" in invitation.host else socket.AF_INET
+        self.invitation = invitation
+        self.launcher_gone = launcher_gone
+        self.machine_goes = machine_goes
+        self.listener = socket.create_server((invitation.host, 0), family=family)
+        self.port: int = self.listener.getsockname()[1]
+
+    def serve(self) -> None:
+        self.listener.settimeout(POLL_S)
+        with self.listener:
+            while not self._told_to_end():
+                with contextlib.suppress(TimeoutError):
+                    connection, _ = self.listener.accept()
+                    with connection, contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                        self._meet(connection)
+
+    def _told_to_end(self) -> bool:
+        return self.launcher_gone.is_set() or self.machine_goes.is_set()
+
+    def _meet(self, connection: socket.socket) -> None:
+        connection.settimeout(HELLO_S)
+        with connection.makefile("rb") as lines:
+            token = str(json.loads(lines.readline(_LONGEST_LINE))["token"])
+            if not hmac.compare_digest(token.encode(), self.invitation.token.encode()):
+                return
+            order = json.loads(lines.readline(_LONGEST_LINE))
+            share = Share(**order["share"])
+            notice_silence(connection)
+            with tempfile.TemporaryDirectory(
+                prefix="mmsweep-follower-", ignore_cleanup_errors=True
+            ) as folder:
+                run_dir, run = Path(folder), order["run"]
+                words = command(run, run_dir, int(order["attempt"]))
+                ranks = Ranks(words, run_dir, share, self.invitation.host, run["runtime"]["threads"])
+                try:
+                    orders: queue.Queue[str | None] = queue.Queue()
+                    threading.Thread(target=_listen, args=(lines, orders), daemon=True).start()
+                    self._follow(ranks, run_dir, connection, orders)
+                finally:
+                    ranks.kill()
+                    with contextlib.suppress(OSError):
+                        _send(connection, codes=ranks.codes())
+                        connection.shutdown(socket.SHUT_RDWR)
+
+    def _follow(
+        self, ranks: Ranks, run_dir: Path, connection: socket.socket, orders: queue.Queue[str | None]
+    ) -> None:
+        """Do as the agent says until it has all workers killed, or is gone."""
+        told: dict[int, int | None] = {}
+        deadline: float | None = None
+        while deadline is None or time.monotonic() < deadline:
+            if (codes := ranks.codes()) != told:
+                failed = any(code for code in codes.values())
+                _send(connection, codes=codes, **({"logs": evidence.read_logs(run_dir)} if failed else {}))
+                told = codes
+            if self._told_to_end() and deadline is None:
+                ranks.send(signal.SIGTERM)
+                ranks.send(signal.SIGCONT)  # they may be paused
+                deadline = time.monotonic() + STOP_GRACE_S
+            if self._told_to_end() and None not in codes.values():
+                return
+            try:
+                order = orders.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            if order in (None, "kill"):
+                return
+            if order == "stop":
+                ranks.send(signal.SIGTERM)
+            elif order == "pause":
+                ranks.send(signal.SIGSTOP)
+            elif order == "resume":
+                ranks.send(signal.SIGCONT)
+            elif order == "stacks":
+                sights = evidence.stacks(ranks.by_rank(), run_dir)
+                _send(
+                    connection, sights=[asdict(sight) for sight in sights], logs=evidence.read_logs(run_dir)
+                )
+
+
+def _send(connection: socket.socket, **message: Any) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _listen(lines: Any, orders: queue.Queue[str | None]) -> None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        for line in lines:
+            orders.put(str(json.loads(line)["do"]))
+    orders.put(None)
+
+
+# --- the process, and its launcher's side ---------------------------------------------------------
+
+
+class FollowerProcess:
+    """A follower in a process of its own, detached for the same reason as an agent is."""
+
+    def __init__(self, invitation: Invitation) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mmsweep.follower", "--detach"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asdict(invitation)) + "\n")
+        self._process.stdin.flush()
+        self.port = int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """Tell the follower that nobody needs it any more."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()  # the process that detached has long ended
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m mmsweep.follower`: an Invitation on the first line of standard input."""
+    parser = argparse.ArgumentParser(prog="python -m mmsweep.follower")
+    parser.add_argument("--detach", action="store_true", help="go on in a process of its own")
+    if parser.parse_args(argv).detach and os.fork():
+        os._exit(0)
+    launcher_gone, machine_goes = threading.Event(), threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: machine_goes.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with open(0, "rb", buffering=0, closefd=False) as stdin:  # what follows is the watcher's
+        line = stdin.readline()
+    if not line.endswith(b"\n"):
+        return EXIT_BAD_INPUT
+    threading.Thread(target=_watch_stdin, args=(launcher_gone,), daemon=True).start()
+    follower = Follower(Invitation(**json.loads(line)), launcher_gone, machine_goes)
+    print(follower.port, flush=True)
+    follower.serve()
+    return 0
+
+
+def _watch_stdin(launcher_gone: threading.Event) -> None:
+    while os.read(0, 4096):
+        pass
+    launcher_gone.set()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
