@@ -37,6 +37,7 @@ def modules(names: str) -> list[str]:
         folder = ROOT / name.replace(".", "/")
         if folder.is_dir():
             paths = [p.relative_to(ROOT).with_suffix("") for p in folder.rglob("*.py")]
+            paths = [path for path in paths if path.name.isidentifier()]  # a notebook would run
             found += [".".join(p.parts).removesuffix(".__init__") for p in paths]
         else:
             found.append(name)
