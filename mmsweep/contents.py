@@ -6,25 +6,30 @@ import re
 from dataclasses import dataclass
 
 from mmsweep.objects import Entry, check_key
-from mmsweep.store import QUARANTINE, RunStore
+from mmsweep.store import QUARANTINE, STOP, RunStore
 from trainers.config import NAME_PATTERN, RUN_ID
 from trainers.records import CHECKPOINTS, CONFIG, KINDS, PART, STATUS, SUMMARY
 
 CHECKPOINT_FILE = re.compile(rf"{CHECKPOINTS}/([0-9]{{8}}|[1-9][0-9]{{8,17}})/[^/]+")
 QUARANTINED_FILE = re.compile(rf"{QUARANTINE}/([0-9]{{8,18}}-[0-9]+)/[^/]+")
+_LOG = re.compile(r"attempt-\d{3,}/rank-\d+\.log")
 _PARQUET = re.compile(rf"({'|'.join(KINDS)})\.parquet")
 _GRID = re.compile(r"grids/([^/]+)\.(yaml|json)")
+_BESIDE = re.compile(r"grids/[^/]+\.(lease/|launches/|stop$)|report/")
+"""Owners of grids, what launches said, requests to stop; reports."""
 
-FACTS, PARTS, TABLES, STATES, BAD, LEASES = "facts", "parts", "tables", "checkpoints", "quarantined", "leases"
-COLUMNS = (FACTS, PARTS, TABLES, STATES, BAD, LEASES)
-"""Kinds of a run's objects: config, status and summary; records; Parquet; checkpoints; bad ones; owners."""
+FACTS, PARTS, TABLES, STATES = "facts", "parts", "tables", "checkpoints"
+BAD, LOGS, LEASES = "quarantined", "logs", "leases"
+COLUMNS = (FACTS, PARTS, TABLES, STATES, BAD, LOGS, LEASES)
+"""Kinds of a run's objects: config, status, summary and a request to stop; records; Parquet; checkpoints;
+bad ones; what workers of failed attempts said; owners."""
 
 
 def kind_in_run(name: str) -> str | None:
     """What an object of a run is by its key below the run; None for one that mmsweep does not write."""
     if not _is_plain(name):
         return None
-    if name in (CONFIG, STATUS, SUMMARY):
+    if name in (CONFIG, STATUS, SUMMARY, STOP):
         return FACTS
     if _PARQUET.fullmatch(name):
         return TABLES
@@ -35,6 +40,8 @@ def kind_in_run(name: str) -> str | None:
         return STATES
     if QUARANTINED_FILE.fullmatch(name):
         return BAD
+    if _LOG.fullmatch(name):
+        return LOGS
     return LEASES if name.startswith("leases/") else None
 
 
@@ -70,7 +77,7 @@ def contents(store: RunStore) -> Contents:
         elif (match := _GRID.fullmatch(entry.key)) and _is_name(match[1]):
             if match[1] not in found.grids:
                 found.grids.append(match[1])
-        elif not re.match(r"grids/[^/]+\.lease/|report/", entry.key):
+        elif not _BESIDE.match(entry.key):
             found.foreign.append(entry)
     return found
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import faulthandler
 import hashlib
 import math
 import os
@@ -557,6 +559,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lifeline", action="store_true", help="save and stop when standard input closes")
     parser.add_argument("--quiet", action="store_true", help="print no progress")
     arguments = parser.parse_args(argv)
+    faulthandler.register(signal.SIGUSR1, file=2)  # whoever finds this process silent may ask where it is
     from trainers.yamlfile import load_run
 
     try:
@@ -607,6 +610,7 @@ def _stop_requests(lifeline: bool) -> Iterator[threading.Event]:
         number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)
     }
     if lifeline:
+        _wake_when_orphaned()
         threading.Thread(target=_watch_stdin, args=(stop,), daemon=True).start()
     try:
         yield stop
@@ -617,6 +621,15 @@ def _stop_requests(lifeline: bool) -> Iterator[threading.Event]:
 
 ORPHAN_GRACE_S = 120.0
 """How long a run whose launcher is gone may take to save itself."""
+
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def _wake_when_orphaned() -> None:
+    """A process that its launcher has paused (SIGSTOP) goes on when the launcher dies, to save itself."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGCONT))
 
 
 def _watch_stdin(stop: threading.Event) -> None:

@@ -7,6 +7,7 @@ here to ask, and for KubeRay only the handful of keys that this file knows of; n
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -541,26 +542,91 @@ def test_the_doctor_finds_a_node_with_other_versions(head, home):
     assert re.search(r"differs: mmsweep \S+ \(here 9\.9\.9\), ray 2\.", last)
 
 
+STANDS_IN_FOR_AN_AGENT = """
+import pathlib, signal, sys
+def told(*_):
+    pathlib.Path(sys.argv[-1]).touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, told)
+print("ready", flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture
+def few_processes(tmp_path) -> Path:
+    """A folder like /proc that shows what `show` has started, and nothing else of this machine."""
+    (tmp_path / "proc").mkdir()
+    return tmp_path / "proc"
+
+
+def show(proc: Path, pid: int) -> None:
+    (proc / str(pid)).symlink_to(f"/proc/{pid}")
+
+
+@pytest.fixture
+def stand_in(few_processes, tmp_path) -> Iterator[Callable[..., Path]]:
+    """Starts a process with the command line of an agent; it makes the file that is returned on SIGTERM."""
+    for module in ("agent", "follower", "other"):
+        path = tmp_path / "code" / "mmsweep" / f"{module}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(STANDS_IN_FOR_AN_AGENT)
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: str) -> Path:
+        told = tmp_path / f"told-{len(started)}"
+        process = subprocess.Popen(
+            [sys.executable, *words, told], cwd=tmp_path / "code", stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        assert process.stdout.readline() == "ready\n"
+        show(few_processes, process.pid)
+        return told
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def spot_notice(node: Path, proc: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    path = f"{node}/mmsweep/.venv/bin:{os.environ['PATH']}"
+    command = [sys.executable, FOLDER / "spot_notice.py", *words, "--poll", "0.01", "--proc", proc]
+    environment = {"HOME": str(node), "PATH": path}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+AGENT = ("-m", "mmsweep.agent", "--detach")
+
+
+def raylet(head: Head) -> int:
+    """Process id of the node of a head, once it is there."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for process in psutil.process_iter(["cmdline"]):
+            program, *options = process.info["cmdline"] or [""]
+            at = rf"--gcs-address=.*:{head.gcs}"
+            if program.endswith("/raylet") and any(re.fullmatch(at, option) for option in options):
+                return process.pid
+        time.sleep(0.1)
+    raise AssertionError("no raylet")
+
+
 @pytest.mark.parametrize(("cloud", "deadline"), [("aws", "110"), ("gcp", "25")])
-def test_a_notice_drains_the_node(cloud, deadline, head, node):
+def test_a_notice_saves_the_runs_and_drains_the_node(cloud, deadline, head, node, few_processes, stand_in):
     """The node is the real one of `head`; the `ray` that would drain it only tells what it was asked."""
+    show(few_processes, raylet(head))
+    told = stand_in(*AGENT)
     service = Metadata(cloud, quiet=3)
     try:
-        path = f"{node}/mmsweep/.venv/bin:{os.environ['PATH']}"
-        command = [
-            sys.executable,
-            FOLDER / "spot_notice.py",
-            cloud,
-            "--metadata",
-            service.url,
-            "--poll",
-            "0.01",
-        ]
-        done = subprocess.run(command, env={"HOME": str(node), "PATH": path}, capture_output=True, timeout=30)
+        done = spot_notice(node, few_processes, cloud, "--metadata", service.url)
     finally:
         service.stop()
     assert done.returncode == 0, done.stderr
     assert service.asked == 4
+    assert told.exists()
+    assert "1 runs on this machine" in done.stdout
     asked = [command for command, _ in calls(node) if f":{head.gcs} " in command]
     assert len(asked) == 1
     words = asked[0].split()
@@ -568,3 +634,23 @@ def test_a_notice_drains_the_node(cloud, deadline, head, node):
     assert re.fullmatch(r"[0-9a-f]{56}", words[words.index("--node-id") + 1])
     assert words[words.index("--reason") + 1] == "DRAIN_NODE_REASON_PREEMPTION"
     assert words[-2:] == ["--deadline-remaining-seconds", deadline]
+
+
+def test_only_what_a_launch_has_started_is_told(node, few_processes, stand_in, monkeypatch):
+    agent, follower = stand_in(*AGENT), stand_in("-m", "mmsweep.follower", "--detach")
+    others = [
+        stand_in("-m", "mmsweep.agent"),  # by hand
+        stand_in("-m", "mmsweep.other", "--detach"),
+        stand_in("-m", "mmsweep.other", "-m", "mmsweep.agent", "--detach"),
+    ]
+    monkeypatch.syspath_prepend(FOLDER)
+    notice = importlib.import_module("spot_notice")
+    with monkeypatch.context() as somebody_else:
+        somebody_else.setattr(os, "getuid", lambda: 4_000_000)
+        assert notice.agents(few_processes) == set()
+    assert len(notice.agents(few_processes)) == 2
+    done = spot_notice(node, few_processes, "--now")
+    assert done.returncode == 1  # there is no Ray node to drain
+    assert agent.exists()
+    assert follower.exists()
+    assert not any(other.exists() for other in others)
