@@ -28,8 +28,8 @@ POLL_S = 5.0
 """What AWS recommends."""
 DEADLINE_S = {"aws": 110, "gcp": 25}
 """The clouds give 120 and 30 seconds; a poll and Ray's own start have taken some of them."""
-NOW_DEADLINE_S = 25
-"""Kubernetes gives a pod 30 seconds where nobody says otherwise."""
+NOW_DEADLINE_S = 110
+"""kuberay.yaml gives a pod 120 seconds to end."""
 DRAIN_TRIES = 5
 AGENTS = ("mmsweep.agent", "mmsweep.follower")
 PROC = Path("/proc")

@@ -137,7 +137,7 @@ def _launch(grid: Grid, store: RunStore, address: str | None, hook: Webhook, *, 
     attendant = Attendant(store, grid.name, this.name, this.log, hook)
     taken_over = "silent for so long that another launch has taken over; stopping"
     with (
-        _sigterm_unwinds(),
+        _signals_unwind(),
         hook,
         store.grid_lease(grid.name, this.name, on_lost=lambda: attendant.stop(taken_over)) as lease,
     ):
@@ -179,13 +179,18 @@ def _withdraw_requests(this: _Launch) -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    """SIGTERM ends the process as an exception does, so that what it holds is released."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def _signals_unwind() -> Iterator[None]:
+    """SIGTERM ends the process as an exception does, so that what it holds is released.
+
+    SIGINT too, which a script's background commands ignore: requests to stop arrive as one.
+    """
+    term = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, term)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 @contextlib.contextmanager

@@ -284,6 +284,9 @@ def test_a_run_that_was_taken_up_meanwhile_keeps_its_files(filled, monkeypatch):
         ("steps.parquet.bak", None),
         ("attempt-001/steps-000000.jsonl", "parts"),
         ("attempt-001/notes-000000.jsonl", None),
+        ("attempt-001/rank-0.log", "logs"),
+        ("attempt-001/rank-x.log", None),
+        ("stop.json", "facts"),
         ("checkpoints/00000100/model.safetensors", "checkpoints"),
         ("checkpoints/000000100/model.safetensors", None),  # a step has one name
         ("checkpoints/00000100/..", None),
