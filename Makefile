@@ -12,7 +12,7 @@ quickstart: $(VENV)/.run  ## five assignments, two seeds, a report: minutes on a
 	@$(BIN)/python -m mmsweep.launch mmsweep/grids/quickstart.yaml --store $(STORE) --open
 
 test: $(VENV)/.dev  ## every test that needs no GPU, on two cores
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev  ## style and types
 	@$(BIN)/ruff check .
