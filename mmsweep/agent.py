@@ -11,14 +11,11 @@ It writes one line of JSON to standard output for every piece of news.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import platform
 import queue
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -33,6 +30,7 @@ from typing import Any, TypeVar
 from mmsweep import evidence, failures
 from mmsweep import workers as worker_processes
 from mmsweep.budget import devices
+from mmsweep.detached import Detached, answer
 from mmsweep.failures import BAD_INPUT, CRASH, HANG, LOST, PREEMPTED, Cause, Failure, Sight
 from mmsweep.lease import POLL_S as LEASE_POLL_S
 from mmsweep.lease import Lease
@@ -598,11 +596,6 @@ def _answer(answer: Future[T], action: Callable[[], T]) -> None:
         answer.set_exception(error)
 
 
-def _by_rank(workers: Workers) -> dict[int, subprocess.Popen[bytes]]:
-    """The processes on this machine."""
-    return dict(enumerate(workers.processes))
-
-
 def _tokens_per_step(run: dict[str, Any]) -> int:
     return int(run["schedule"]["batch_size"] * run["model"]["context"])
 
@@ -616,30 +609,16 @@ def _say(line: str) -> None:
 
 
 class AgentProcess:
-    """An agent in a process of its own, as its launcher sees it.
-
-    The process is detached: Ray kills the direct children of a worker that ends, and this one
-    still has a checkpoint to ship then. `close` (or the launcher's death) makes it stop.
-    """
+    """An agent in a process of its own, as its launcher sees it."""
 
     def __init__(self, job: Job) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "mmsweep.agent", "--detach"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asdict(job)) + "\n")
-        self._process.stdin.flush()
+        self._process = Detached("mmsweep.agent", json.dumps(asdict(job)))
         self._last = News(records.RUNNING)
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        for line in self._process.output:
             self._lines.put(line)
         self._lines.put(None)
 
@@ -660,38 +639,16 @@ class AgentProcess:
 
     def close(self) -> None:
         """Tell the agent that nobody waits for it any more."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        self._process.wait()  # the process that detached has long ended
+        self._process.close()
 
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m mmsweep.agent`: a Job on the first line of standard input."""
-    parser = argparse.ArgumentParser(prog="python -m mmsweep.agent")
-    parser.add_argument("--detach", action="store_true", help="go on in a process of its own")
-    if parser.parse_args(argv).detach and os.fork():
-        os._exit(0)
-    machine_goes = threading.Event()  # this thread never waits for it, so that a signal may set it
-    signal.signal(signal.SIGTERM, lambda *_: machine_goes.set())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the launcher, which then lets go
-    # Unbuffered reads, so that the line is all that is taken before the watcher reads on.
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = os.read(0, 1)
-        if not byte:
-            return EXIT_BAD_INPUT
-        line += byte
-    launcher_gone = threading.Event()
-    threading.Thread(target=_watch_stdin, args=(launcher_gone,), daemon=True).start()
-    news = Agent(Job.parse(line.decode()), launcher_gone, machine_goes).run()
+    call = answer("mmsweep.agent", argv)
+    if call is None:
+        return EXIT_BAD_INPUT
+    news = Agent(Job.parse(call.line), call.launcher_gone, call.machine_goes).run()
     return 0 if news.status in records.FINISHED else 1
-
-
-def _watch_stdin(launcher_gone: threading.Event) -> None:
-    while os.read(0, 4096):
-        pass
-    launcher_gone.set()
 
 
 if __name__ == "__main__":

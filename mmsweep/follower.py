@@ -12,15 +12,12 @@ state. When the agent is gone, so is the run: the workers are killed.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hmac
 import json
-import os
 import queue
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -30,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mmsweep import evidence
+from mmsweep.detached import Detached, answer
 from mmsweep.workers import (
     EXIT_BAD_INPUT,
     STOP_GRACE_S,
@@ -154,54 +152,26 @@ def _listen(lines: Any, orders: queue.Queue[str | None]) -> None:
 
 
 class FollowerProcess:
-    """A follower in a process of its own, detached for the same reason as an agent is."""
+    """A follower in a process of its own, as its launcher sees it."""
 
     def __init__(self, invitation: Invitation) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "mmsweep.follower", "--detach"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asdict(invitation)) + "\n")
-        self._process.stdin.flush()
-        self.port = int(self._process.stdout.readline())
+        self._process = Detached("mmsweep.follower", json.dumps(asdict(invitation)))
+        self.port = int(self._process.output.readline())
 
     def close(self) -> None:
         """Tell the follower that nobody needs it any more."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        self._process.wait()  # the process that detached has long ended
+        self._process.close()
 
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m mmsweep.follower`: an Invitation on the first line of standard input."""
-    parser = argparse.ArgumentParser(prog="python -m mmsweep.follower")
-    parser.add_argument("--detach", action="store_true", help="go on in a process of its own")
-    if parser.parse_args(argv).detach and os.fork():
-        os._exit(0)
-    launcher_gone, machine_goes = threading.Event(), threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: machine_goes.set())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with open(0, "rb", buffering=0, closefd=False) as stdin:  # what follows is the watcher's
-        line = stdin.readline()
-    if not line.endswith(b"\n"):
+    call = answer("mmsweep.follower", argv)
+    if call is None:
         return EXIT_BAD_INPUT
-    threading.Thread(target=_watch_stdin, args=(launcher_gone,), daemon=True).start()
-    follower = Follower(Invitation(**json.loads(line)), launcher_gone, machine_goes)
+    follower = Follower(Invitation(**json.loads(call.line)), call.launcher_gone, call.machine_goes)
     print(follower.port, flush=True)
     follower.serve()
     return 0
-
-
-def _watch_stdin(launcher_gone: threading.Event) -> None:
-    while os.read(0, 4096):
-        pass
-    launcher_gone.set()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import boto3
 import pytest
 from http_service import HttpService
+from tiny import write_texts
 
 from mmsweep.s3 import S3Store
 from mmsweep.store import ObjectStore, RunStore, open_store
@@ -41,6 +42,16 @@ def _client() -> Any:
 @pytest.fixture
 def objects(runs: RunStore) -> ObjectStore:
     return runs.objects
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A pattern of small files, and a cache of the module's own, which marks its processes."""
+    folder = tmp_path_factory.mktemp("texts")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MMSWEEP_CACHE", str(folder / "cache"))
+        environment.setenv("PYTHONPATH", str(Path.cwd()))
+        yield write_texts(folder / "texts")
 
 
 class AnswersWith(HttpService):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
+from tiny import processes
 
 from mmsweep.cluster import ENVIRONMENT
 from mmsweep.store import RunStore
@@ -70,13 +68,6 @@ def running_nodes() -> Iterator[Nodes]:
         nodes.stop()
 
 
-def write_texts(folder: Path) -> str:
-    folder.mkdir(exist_ok=True)
-    for number in range(20):
-        (folder / f"{number}.txt").write_text(f"line {number} of a small corpus\n" * 40)
-    return f"{folder}/*.txt"
-
-
 def write_grid(path: Path, texts: str, *, resources: str, seeds: list[int], steps: int, every: int) -> Path:
     values = {"RESOURCES": resources, "SEEDS": seeds, "STEPS": steps, "EVERY": every, "TEXTS": texts}
     text = GRID
@@ -92,24 +83,6 @@ def launch(grid: Path, store: Path, log: Path, address: str | None = None) -> su
     command += ["--address", address] if address else []
     with log.open("w") as out:
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, cwd=grid.parent)
-
-
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 200) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.05)
-
-
-def processes(*words: str) -> list[psutil.Process]:
-    """Processes of this test (known by their cache) with all of `words` in the command line."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            ours = process.environ().get("MMSWEEP_CACHE") == os.environ["MMSWEEP_CACHE"]
-            if ours and all(word in " ".join(process.cmdline()) for word in words):
-                found.append(process)
-    return found
 
 
 def left_over() -> list[str]:

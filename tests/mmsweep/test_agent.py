@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from tiny import job_of, tiny_run
 
 from mmsweep import agent as agents
 from mmsweep import evidence, failures
@@ -28,21 +29,8 @@ from mmsweep.objects import DirectoryStore, StoreError
 from mmsweep.store import RunStore, open_store
 from mmsweep.workers import Workers
 from trainers import records
-from trainers.config import RunConfig, run_id
-from trainers.corpus import identify
 
 DEADLINE_S = 90.0
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(20):
-        (folder / f"{number}.txt").write_text(f"line {number} of a small corpus\n" * 40)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("MMSWEEP_CACHE", str(folder / "cache"))
-        environment.setenv("PYTHONPATH", str(Path.cwd()))
-        yield f"{folder}/*.txt"
 
 
 @pytest.fixture
@@ -51,22 +39,11 @@ def store(tmp_path) -> RunStore:
 
 
 @pytest.fixture
-def job(store, corpus) -> Callable[..., Job]:
+def job(store, texts) -> Callable[..., Job]:
     """A job of a tiny run of `steps`; other keywords are its resources."""
 
-    def make(steps: int = 100_000, path: str = corpus, every: int = 200, **resources: Any) -> Job:
-        config = {
-            "arm": "plain",
-            "seed": 1,
-            "data": {"source": "text", "path": path},
-            "model": {"n_layer": 1, "n_head": 2, "d_model": 16, "context": 16, "vocab_size": 256},
-            "schedule": {"steps": steps, "warmup_steps": 2, "batch_size": 4},
-            "evaluation": {"every": steps, "batches": 1},
-            "runtime": {"checkpoint_every": every},
-        }
-        run = RunConfig.model_validate(config)
-        run = run.model_copy(update={"data": run.data.model_copy(update={"digest": identify(run.data)})})
-        return Job(run_id(run), run.model_dump(mode="json"), store.url, "first launch", resources)
+    def make(steps: int = 100_000, path: str = texts, every: int = 200, **resources: Any) -> Job:
+        return job_of(tiny_run(path, steps=steps, every=every), store, "first launch", **resources)
 
     return make
 

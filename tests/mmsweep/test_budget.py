@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -141,13 +140,9 @@ def test_what_is_admitted_stays_within_the_budget(taken, limit, sizes):
 # --- a launch ------------------------------------------------------------------------------------
 
 
-def test_a_launch_stops_at_its_budget_and_a_relaunch_knows_what_was_spent(tmp_path, monkeypatch):
-    monkeypatch.setenv("MMSWEEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
-    for number in range(20):
-        (tmp_path / f"{number}.txt").write_text(f"line {number} of a small corpus\n" * 40)
+def test_a_launch_stops_at_its_budget_and_a_relaunch_knows_what_was_spent(tmp_path, texts):
     path, where = tmp_path / "tiny.yaml", tmp_path / "store"
-    path.write_text(GRID.replace("TEXTS", f"{tmp_path}/*.txt"))
+    path.write_text(GRID.replace("TEXTS", texts))
 
     def mmsweep(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", f"mmsweep.{command}", *map(str, arguments)]

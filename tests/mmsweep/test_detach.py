@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tiny import write_texts
 
 from mmsweep.__main__ import main as mmsweep
 from mmsweep.detach import submission_id
@@ -137,11 +138,7 @@ def dashboard(home, environment) -> Iterator[str]:
 
 
 def test_the_head_launches_a_grid_once_and_again_when_it_has_ended(home, environment, dashboard):
-    texts = home / "texts"
-    texts.mkdir()
-    for number in range(20):
-        (texts / f"{number}.txt").write_text(f"line {number} of a small corpus\n" * 40)
-    path, where = write(home, f"{texts}/*.txt", steps=1_000_000), home / "store"
+    path, where = write(home, write_texts(home / "texts"), steps=1_000_000), home / "store"
     store = open_store(str(where))
 
     def run(*words: object) -> subprocess.CompletedProcess[str]:

@@ -12,41 +12,18 @@ from typing import Any
 
 import psutil
 import pytest
-from nodes import processes, wait_for, write_texts
+from tiny import processes, tiny_run, wait_for
 
 from mmsweep.follower import FollowerProcess, Invitation
 from mmsweep.workers import EXIT_STOPPED, LOOPBACK, Span, Workers
-from trainers.config import RunConfig
-from trainers.corpus import identify
 
 LONG = 100_000
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("follower")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("MMSWEEP_CACHE", str(folder / "cache"))
-        environment.setenv("PYTHONPATH", str(Path.cwd()))
-        yield write_texts(folder / "texts")
 
 
 @pytest.fixture
 def run_of(texts) -> Callable[[int], dict[str, Any]]:
     def make(steps: int) -> dict[str, Any]:
-        run = RunConfig.model_validate(
-            {
-                "arm": "plain",
-                "seed": 1,
-                "data": {"source": "text", "path": texts},
-                "model": {"n_layer": 1, "n_head": 2, "d_model": 16, "context": 16, "vocab_size": 256},
-                "schedule": {"steps": steps, "warmup_steps": 2, "batch_size": 4},
-                "evaluation": {"every": steps, "batches": 1},
-                "runtime": {"threads": 1, "checkpoint_every": steps},
-            }
-        )
-        data = run.data.model_copy(update={"digest": identify(run.data)})
-        return run.model_copy(update={"data": data}).model_dump(mode="json")
+        return tiny_run(texts, steps=steps, every=steps, threads=1).model_dump(mode="json")
 
     return make
 

@@ -9,13 +9,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from test_notify import Room
+from tiny import processes, wait_for
 
 from mmsweep.grid import load_grid
 from mmsweep.store import RunStore, open_store
@@ -41,20 +41,7 @@ base:
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("MMSWEEP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        environment.setenv("PYTHONPATH", str(Path.cwd()))
-        yield
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("texts")
-    for number in range(20):
-        (folder / f"{number}.txt").write_text(f"line {number} of a small corpus\n" * 40)
-    return f"{folder}/*.txt"
+pytestmark = pytest.mark.usefixtures("texts")
 
 
 @pytest.fixture
@@ -98,24 +85,6 @@ def launch(grid: Path, store: Path | str, *options: str) -> subprocess.Completed
     return subprocess.run(
         command(grid, store, *options), capture_output=True, text=True, timeout=240, cwd=where
     )
-
-
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.05)
-
-
-def processes(*words: str) -> list[psutil.Process]:
-    """Processes of these tests (known by their cache) with all of `words` in the command line."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            ours = process.environ().get("MMSWEEP_CACHE") == os.environ["MMSWEEP_CACHE"]
-            if ours and all(word in " ".join(process.cmdline()) for word in words):
-                found.append(process)
-    return found
 
 
 def losses(store: RunStore, steps: int = STEPS) -> dict[str, list[float]]:

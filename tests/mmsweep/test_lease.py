@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tiny import job_of, tiny_run
 
 from mmsweep import lease as leases
 from mmsweep.agent import Agent, AgentProcess, Job, News
@@ -22,8 +23,6 @@ from mmsweep.lease import Claim, Lease, claims
 from mmsweep.objects import DirectoryStore, NotFound, StoreError
 from mmsweep.store import RunStore, open_store
 from trainers import records
-from trainers.config import RunConfig, run_id
-from trainers.corpus import identify
 
 FOLDER = "grids/g.lease"
 
@@ -380,31 +379,8 @@ def test_a_damaged_claim_is_named(tmp_path):
 # --- agents ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(20):
-        (folder / f"{number}.txt").write_text(f"line {number} of a small corpus\n" * 40)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("MMSWEEP_CACHE", str(folder / "cache"))
-        environment.setenv("PYTHONPATH", str(Path.cwd()))
-        yield f"{folder}/*.txt"
-
-
-def job(store: RunStore, corpus: str, steps: int) -> Job:
-    config = {
-        "arm": "plain",
-        "seed": 1,
-        "data": {"source": "text", "path": corpus},
-        "model": {"n_layer": 1, "n_head": 2, "d_model": 16, "context": 16, "vocab_size": 256},
-        "schedule": {"steps": steps, "warmup_steps": 2, "batch_size": 4},
-        "evaluation": {"every": steps, "batches": 1},
-        "runtime": {"checkpoint_every": 200},
-    }
-    run = RunConfig.model_validate(config)
-    data = run.data.model_copy(update={"digest": identify(run.data)})
-    run = run.model_copy(update={"data": data})
-    return Job(run_id(run), run.model_dump(mode="json"), store.url, launch="test")
+def job(store: RunStore, texts: str, steps: int) -> Job:
+    return job_of(tiny_run(texts, steps=steps, every=200), store)
 
 
 @pytest.fixture
@@ -442,9 +418,9 @@ def workers_of(agent_run: str) -> list[psutil.Process]:
     return found
 
 
-def test_a_run_of_two_sweeps_is_trained_once(tmp_path, corpus, agent_for):
+def test_a_run_of_two_sweeps_is_trained_once(tmp_path, texts, agent_for):
     store = open_store(str(tmp_path / "store"))
-    shared = job(store, corpus, steps=300)
+    shared = job(store, texts, steps=300)
     pair = [agent_for(shared), agent_for(shared)]
     heard = [news_until(agent, lambda news: news.done) for agent in pair]
     assert [news[-1].status for news in heard] == [records.COMPLETED] * 2
@@ -455,9 +431,9 @@ def test_a_run_of_two_sweeps_is_trained_once(tmp_path, corpus, agent_for):
     assert store.objects.list(f"runs/{shared.run_id}/leases") == []
 
 
-def test_an_agent_that_lost_its_lease_stops_its_workers_and_waits_for_the_result(tmp_path, corpus, agent_for):
+def test_an_agent_that_lost_its_lease_stops_its_workers_and_waits_for_the_result(tmp_path, texts, agent_for):
     store = open_store(str(tmp_path / "store"))
-    lost = job(store, corpus, steps=100_000)
+    lost = job(store, texts, steps=100_000)
     agent = agent_for(lost)
     news_until(agent, lambda news: news.step > 0)
     assert len(workers_of(lost.run_id)) == 1
@@ -478,9 +454,9 @@ def test_an_agent_that_lost_its_lease_stops_its_workers_and_waits_for_the_result
     assert (end.status, end.step) == (records.COMPLETED, 7)
 
 
-def test_a_newer_attempt_fences_an_agent(tmp_path, corpus):
+def test_a_newer_attempt_fences_an_agent(tmp_path, texts):
     store = open_store(str(tmp_path / "store"))
-    older = Agent(job(store, corpus, steps=10), threading.Event())
+    older = Agent(job(store, texts, steps=10), threading.Event())
     older.lease = store.run_lease(older.job.run_id, "test")
     older.attempt, older.run_dir = 1, tmp_path
     newer = {"status": records.RUNNING, "attempt": 2}

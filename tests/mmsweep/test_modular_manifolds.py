@@ -6,6 +6,7 @@ import json
 
 import pytest
 import yaml
+from tiny import write_texts
 
 from analysis.load import load
 from analysis.report import write_report
@@ -27,13 +28,11 @@ NINE = (
 def swept(tmp_path_factory) -> str:
     """A store with all its arms, one seed, a model of width 16."""
     folder = tmp_path_factory.mktemp("modular")
-    for number in range(20):
-        (folder / f"{number}.txt").write_text(f"line {number} of a small corpus\n" * 40)
     text = yaml.safe_load((SHIPPED / "modular_manifolds.yaml").read_text())
     text["seeds"] = [42]
     base = text["base"]
     base["precision"] = "float32"
-    base["data"] = {"source": "text", "path": f"{folder}/*.txt"}
+    base["data"] = {"source": "text", "path": write_texts(folder / "texts")}
     base["model"] |= {"n_layer": 1, "n_head": 2, "d_model": 16, "d_ff": 48, "context": 16, "vocab_size": 256}
     base["schedule"] |= {"steps": 30, "warmup_steps": 2, "batch_size": 8}
     base["evaluation"] = {"every": 10, "batches": 2}

@@ -52,13 +52,9 @@ def store(tmp_path) -> RunStore:
 
 
 @pytest.fixture
-def grid(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("MMSWEEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
-    for number in range(20):
-        (tmp_path / f"{number}.txt").write_text(f"line {number} of a small corpus\n" * 40)
+def grid(tmp_path, texts) -> Path:
     path = tmp_path / "tiny.yaml"
-    path.write_text(GRID.replace("TEXTS", f"{tmp_path}/*.txt"))
+    path.write_text(GRID.replace("TEXTS", texts))
     return path
 
 

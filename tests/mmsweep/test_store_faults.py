@@ -24,6 +24,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from tiny import job_of, tiny_run
 
 from mmsweep import doctor, s3
 from mmsweep import shipper as shippers
@@ -36,8 +37,6 @@ from mmsweep.s3 import S3Store
 from mmsweep.shipper import Shipper
 from mmsweep.store import RunStore, open_store
 from trainers import records
-from trainers.config import RunConfig, run_id
-from trainers.corpus import identify
 from trainers.manifest import verify, write_manifest
 from trainers.records import PartWriter, StepRecord
 
@@ -612,31 +611,8 @@ ENOUGH = 30
 """Steps during an outage that show that training goes on."""
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(20):
-        (folder / f"{number}.txt").write_text(f"line {number} of a small corpus\n" * 40)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("MMSWEEP_CACHE", str(folder / "cache"))
-        environment.setenv("PYTHONPATH", str(Path.cwd()))
-        yield f"{folder}/*.txt"
-
-
-def job(store: RunStore, corpus: str) -> Job:
-    config = {
-        "arm": "plain",
-        "seed": 1,
-        "data": {"source": "text", "path": corpus},
-        "model": {"n_layer": 1, "n_head": 2, "d_model": 16, "context": 16, "vocab_size": 256},
-        "schedule": {"steps": STEPS, "warmup_steps": 2, "batch_size": 4},
-        "evaluation": {"every": STEPS // 4, "batches": 1},
-        "runtime": {"checkpoint_every": STEPS // 8},
-    }
-    run = RunConfig.model_validate(config)
-    data = run.data.model_copy(update={"digest": identify(run.data)})
-    run = run.model_copy(update={"data": data})
-    return Job(run_id(run), run.model_dump(mode="json"), store.url, launch="test")
+def job(store: RunStore, texts: str) -> Job:
+    return job_of(tiny_run(texts, steps=STEPS, every=STEPS // 8, evaluate=STEPS // 4), store)
 
 
 def exact_rows(store: RunStore, run: str) -> dict[str, list[Any]]:
@@ -650,15 +626,15 @@ def exact_rows(store: RunStore, run: str) -> dict[str, list[Any]]:
 
 
 def test_a_run_goes_on_while_the_store_is_away_and_loses_nothing(
-    s3_url, chaos, credentials, corpus, tmp_path, monkeypatch
+    s3_url, chaos, credentials, texts, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(shippers, "SHIP_S", 0.1)
     monkeypatch.setattr(shippers, "STATUS_S", 0.2)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     credentials("FIRST")
     away, calm = open_store(s3_url), open_store(str(tmp_path / "calm"))
-    disturbed = Agent(job(away, corpus), threading.Event())
-    undisturbed = Agent(job(calm, corpus), threading.Event())
+    disturbed = Agent(job(away, texts), threading.Event())
+    undisturbed = Agent(job(calm, texts), threading.Event())
     threads = [threading.Thread(target=agent.run) for agent in (disturbed, undisturbed)]
     for thread in threads:
         thread.start()

@@ -8,20 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nodes import (
-    Nodes,
-    launch,
-    left_over,
-    losses,
-    processes,
-    running_nodes,
-    wait_for,
-    write_grid,
-    write_texts,
-)
+from nodes import Nodes, launch, left_over, losses, running_nodes, write_grid
 from ray._raylet import GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, GCS_AUTOSCALER_STATE_NAMESPACE
 from ray.core.generated import autoscaler_pb2
 from ray.experimental.internal_kv import _internal_kv_put
+from tiny import processes, wait_for
 
 from mmsweep import cluster, trial
 from mmsweep.agent import Job
@@ -36,13 +27,7 @@ from trainers.config import RunConfig
 STEPS = 60
 
 
-@pytest.fixture(scope="module", autouse=True)
-def texts(tmp_path_factory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("nodes")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("MMSWEEP_CACHE", str(folder / "cache"))
-        environment.setenv("PYTHONPATH", str(Path.cwd()))
-        yield write_texts(folder / "texts")
+pytestmark = pytest.mark.usefixtures("texts")
 
 
 @pytest.fixture

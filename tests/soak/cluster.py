@@ -22,7 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "mmsweep"))
 
-from nodes import Nodes, launch, left_over, losses, running_nodes, wait_for, write_grid, write_texts
+from nodes import Nodes, launch, left_over, losses, running_nodes, write_grid
+from tiny import wait_for, write_texts
 
 from mmsweep.store import RunStore, open_store
 from trainers import records
