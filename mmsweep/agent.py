@@ -42,7 +42,7 @@ from trainers import records
 from trainers.manifest import checkpoint_steps
 from trainers.records import EvalRecord, PartReader, StepRecord
 
-POLL_S = 0.25
+POLL_S = 0.1
 WAIT_S = 1.0
 """Pause between two looks at a run that somebody else works on."""
 ASK_S = 5.0

@@ -169,8 +169,11 @@ class Lease:
             self._write(self._mine)  # the last try may have arrived or not
         rivals = self._look()
         if self._mine is None:
-            if not rivals:
-                self._claim()
+            if rivals:
+                return False
+            self._claim()
+            rivals = self._look()  # who is alone need not come again
+        if self._mine is None:
             return False
         if self.holder is not None or any(rival.nonce < self._mine.nonce for rival in rivals):
             self._withdraw()
