@@ -32,7 +32,7 @@ from mmsweep.resources import Resources
 from mmsweep.workers import Span
 from trainers import records
 
-REPORT_S = 0.5
+REPORT_S = 1.0
 FOLLOWERS_S = 120.0
 """How long the further machines of a run may take to start their followers."""
 SPARE_RETRIES = 5
@@ -107,7 +107,7 @@ class _FollowerActor:
 
 def _relay(agent: AgentProcess) -> News:
     """Report the newest news to Tune, at most every REPORT_S; returns the last."""
-    reported, pending = 0.0, None
+    reported, pending = time.monotonic(), None
     while True:
         pending = agent.news(timeout=REPORT_S) or pending
         if pending and (pending.done or time.monotonic() - reported > REPORT_S):
