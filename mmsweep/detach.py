@@ -44,8 +44,9 @@ def submit(path: Path, store: str | None, address: str | None) -> list[str]:
     with _quiet_client(head) as client:
         _check_free(client, identity, grid, url, head)
         with tempfile.TemporaryDirectory(prefix="mmsweep-detach-") as folder:
-            shutil.copy(path, Path(folder) / "grid.yaml")
-            entrypoint = ["python", "-m", "mmsweep.launch", "grid.yaml", "--address", "auto", "--store", url]
+            file = f"{grid.name}.yaml"  # a grid without a name is called as its file
+            shutil.copy(path, Path(folder) / file)
+            entrypoint = ["python", "-m", "mmsweep.launch", file, "--address", "auto", "--store", url]
             client.submit_job(
                 entrypoint=shlex.join(entrypoint),
                 submission_id=identity,

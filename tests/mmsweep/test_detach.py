@@ -24,7 +24,7 @@ from tests.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
 GRID = """
-name: tiny
+# its name is that of its file
 seeds: [1]
 arms: {hetero: {attn: stiefel, mlp: dgram}}
 base:
