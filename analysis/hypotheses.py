@@ -16,7 +16,15 @@ import numpy as np
 import pandas as pd
 
 from analysis.load import Frames
-from analysis.stats import SPIKE_SIGMAS, Interval, clopper_pearson, paired_t, spikes
+from analysis.stats import (
+    SHORT_WINDOW,
+    SPIKE_SIGMAS,
+    SPIKE_WINDOW,
+    Interval,
+    clopper_pearson,
+    paired_t,
+    spikes,
+)
 from analysis.tables import Text, three_digits
 from trainers.records import FINISHED
 
@@ -34,9 +42,6 @@ NO_DATA = "no data"
 
 MARGIN = 0.0135
 """Nats per token: the gap of losses that this project sets out to resolve. H5 calls less no benefit."""
-SPIKE_WINDOW = 1000
-"""Spike score of OLMo 2 (arXiv 2501.00656): values 7 standard deviations from a mean over 1,000."""
-SHORT_WINDOW = 20
 NO_GROWTH = 1e-3
 """ln growth below this (0.1%) counts as none, so that rounding on a manifold is no finding."""
 

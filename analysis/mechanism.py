@@ -19,16 +19,20 @@ import pandas as pd
 from scipy import stats
 
 from analysis.load import Frames
-from analysis.stats import clopper_pearson, holm, median_interval, sign_test, spikes
+from analysis.stats import (
+    SHORT_WINDOW,
+    SPIKE_WINDOW,
+    clopper_pearson,
+    holm,
+    median_interval,
+    sign_test,
+    spikes,
+)
 from analysis.survival import times
 from analysis.tables import Text, p_cell
 from trainers.config import StabilityConfig
 from trainers.records import FINISHED
 
-SPIKE_WINDOW = 1000
-"""Steps that a spike is judged by, as in OLMo 2; of a tenth of the horizon in shorter runs."""
-SHORT_WINDOW = 20
-"""Records that it is judged by at least."""
 LEVEL = 0.05
 """Family-wise error of what is called supported."""
 

@@ -18,6 +18,10 @@ SIGN_FLIP_MOST = 20
 """Pairs up to which all 2^n signs are tried."""
 SPIKE_SIGMAS = 7.0
 """As in OLMo 2 (arXiv 2501.00656)."""
+SPIKE_WINDOW = 1000
+"""Steps that a spike is judged by, as there; of a tenth of the horizon in shorter runs."""
+SHORT_WINDOW = 20
+"""Values that it is judged by at least."""
 
 
 @dataclass(frozen=True, slots=True)

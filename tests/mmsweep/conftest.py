@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -13,6 +13,7 @@ import pytest
 from http_service import HttpService
 from tiny import write_texts
 
+from mmsweep.agent import AgentProcess, Job
 from mmsweep.s3 import S3Store
 from mmsweep.store import ObjectStore, RunStore, open_store
 
@@ -52,6 +53,20 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         environment.setenv("MMSWEEP_CACHE", str(folder / "cache"))
         environment.setenv("PYTHONPATH", str(Path.cwd()))
         yield write_texts(folder / "texts")
+
+
+@pytest.fixture
+def agent_for() -> Iterator[Callable[[Job], AgentProcess]]:
+    """Agents as a launch starts them."""
+    started: list[AgentProcess] = []
+
+    def start(job: Job) -> AgentProcess:
+        started.append(AgentProcess(job))
+        return started[-1]
+
+    yield start
+    for agent in started:
+        agent.close()
 
 
 class AnswersWith(HttpService):

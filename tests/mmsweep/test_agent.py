@@ -133,20 +133,6 @@ def process_until(agent: AgentProcess, wanted: Callable[[News], bool]) -> News:
     return heard[-1]
 
 
-@pytest.fixture
-def process() -> Iterator[Callable[[Job], AgentProcess]]:
-    """An agent as a launch starts it."""
-    started: list[AgentProcess] = []
-
-    def start(job: Job) -> AgentProcess:
-        started.append(AgentProcess(job))
-        return started[-1]
-
-    yield start
-    for agent in started:
-        agent.close()
-
-
 def agent_pid(store: RunStore, job: Job) -> int:
     (claim,) = claims(store.objects, f"runs/{job.run_id}/leases")
     return claim.pid
@@ -155,9 +141,9 @@ def agent_pid(store: RunStore, job: Job) -> int:
 # --- the machine goes away ------------------------------------------------------------------------
 
 
-def test_sigterm_to_an_agent_loses_no_step(job, store, process, tmp_path):
+def test_sigterm_to_an_agent_loses_no_step(job, store, agent_for, tmp_path):
     wanted = job(steps=1200, every=700)
-    first = process(wanted)
+    first = agent_for(wanted)
     before = process_until(first, lambda news: news.step > 100)
     pid = agent_pid(store, wanted)
     for _ in range(2):  # a second one changes nothing
@@ -170,7 +156,7 @@ def test_sigterm_to_an_agent_loses_no_step(job, store, process, tmp_path):
     assert (status["status"], status["reason"], kinds(status)) == (records.PENDING, end.reason, [PREEMPTED])
     assert claims(store.objects, f"runs/{wanted.run_id}/leases") == []
 
-    done = process_until(process(wanted), lambda news: news.done)
+    done = process_until(agent_for(wanted), lambda news: news.done)
     assert (done.status, done.kind, done.tries, done.preempted) == (records.COMPLETED, "", 2, False)
     attempts = store.table(wanted.run_id, "steps").to_pydict()["attempt"]
     assert attempts == [1] * end.step + [2] * (1200 - end.step)  # it began where the first stopped
@@ -178,7 +164,7 @@ def test_sigterm_to_an_agent_loses_no_step(job, store, process, tmp_path):
     assert summary["device_seconds"] > summary["train_seconds"]
 
     elsewhere = open_store(str(tmp_path / "undisturbed"))
-    process_until(process(replace(wanted, store=elsewhere.url)), lambda news: news.done)
+    process_until(agent_for(replace(wanted, store=elsewhere.url)), lambda news: news.done)
     assert losses(store, wanted.run_id) == losses(elsewhere, wanted.run_id)
 
 
@@ -291,10 +277,10 @@ def _log(store: RunStore, job: Job, number: int, rank: int) -> str:
     return store.objects.get(f"runs/{job.run_id}/attempt-{number:03d}/rank-{rank}.log").decode()
 
 
-def test_a_lost_attempt_is_in_the_history_and_leaves_nobody_behind(job, store, process):
+def test_a_lost_attempt_is_in_the_history_and_leaves_nobody_behind(job, store, agent_for):
     """Its worker is paused, as while the store is away, when the agent is killed."""
     wanted = job()
-    first = process(wanted)
+    first = agent_for(wanted)
     process_until(first, lambda news: news.step > 5)
     wait_for(lambda: (store.status(wanted.run_id) or {}).get("step"), "a status")
     agent = psutil.Process(agent_pid(store, wanted))
@@ -306,7 +292,7 @@ def test_a_lost_attempt_is_in_the_history_and_leaves_nobody_behind(job, store, p
     psutil.wait_procs([worker], timeout=DEADLINE_S)
     assert not worker.is_running()
 
-    news = process_until(process(wanted), lambda news: news.attempt == 2)
+    news = process_until(agent_for(wanted), lambda news: news.attempt == 2)
     wait_for(lambda: store.status(wanted.run_id)["attempt"] == 2, "its status")
     status = store.status(wanted.run_id)
     (lost,) = status["failures"]

@@ -383,19 +383,6 @@ def job(store: RunStore, texts: str, steps: int) -> Job:
     return job_of(tiny_run(texts, steps=steps, every=200), store)
 
 
-@pytest.fixture
-def agent_for() -> Iterator[Callable[[Job], AgentProcess]]:
-    started: list[AgentProcess] = []
-
-    def start(job: Job) -> AgentProcess:
-        started.append(AgentProcess(job))
-        return started[-1]
-
-    yield start
-    for agent in started:
-        agent.close()
-
-
 def news_until(agent: AgentProcess, wanted: Callable[[News], bool]) -> list[News]:
     heard: list[News] = []
     deadline = time.monotonic() + 60
