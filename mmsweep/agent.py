@@ -556,12 +556,10 @@ class _Pauses:
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
         self.paused = False
-        self._full = False
         self._changed = -BREATH_S
 
     def look(self, *, full: bool) -> None:
         now = time.monotonic()
-        self._full = full
         if self.paused and (not full or now - self._changed > PAUSE_S):
             self.end()
         elif not self.paused and full and now - self._changed > BREATH_S:
@@ -574,7 +572,7 @@ class _Pauses:
             self.paused, self._changed = False, time.monotonic()
 
     def reason(self) -> str:
-        return "paused: no more room for what waits for the store (resources.spool_gb)" if self._full else ""
+        return "paused: no more room for what waits for the store (resources.spool_gb)" if self.paused else ""
 
 
 class _GaveUpError(Exception):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 AWS_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "testing",
@@ -27,6 +28,11 @@ AWS_ENVIRONMENT = {
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
 }
 _buckets = itertools.count(1)
+
+# The same examples every time; `pytest --hypothesis-profile random` looks further.
+settings.register_profile("random")
+settings.register_profile("same", derandomize=True, database=None)
+settings.load_profile("same")
 
 # Tests that a script started in the background ignore Ctrl-C, and so would every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

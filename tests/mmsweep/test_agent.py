@@ -453,15 +453,25 @@ def test_a_request_stops_a_run_and_keeps_it_from_beginning(job, store, attempt, 
 
 
 def test_workers_pause_while_too_much_waits_for_the_store(job, store, attempt):
-    root = store.objects.root
-    wanted = job(every=20, spool_gb=1e-6)
+    root, room = store.objects.root, 1e-6
+    wanted = job(every=20, spool_gb=room)
     one = attempt(wanted)
     (worker,) = one.trains()
+
+    def paused() -> bool:
+        """For good, that is: so little room is full now and then with the store there, too."""
+        waiting = store.waiting(wanted.run_id, one.agent.run_dir)
+        return waiting > 1e9 * room and worker.status() == psutil.STATUS_STOPPED
+
+    def still() -> bool:
+        before = one.agent.silence, one.agent.news.step
+        time.sleep(1)
+        return (one.agent.silence, one.agent.news.step) == before
 
     def away() -> None:
         root.rename(root.with_name("away"))
         root.write_text("a file where the store should be")
-        wait_for(lambda: worker.status() == psutil.STATUS_STOPPED, "the worker to be paused")
+        wait_for(paused, "the worker to be paused")
 
     def back() -> None:
         root.unlink()
@@ -469,9 +479,8 @@ def test_workers_pause_while_too_much_waits_for_the_store(job, store, attempt):
 
     away()
     wait_for(lambda: one.agent.news.reason.startswith("paused: no more room"), "the reason")
-    silence, step = one.agent.silence, one.agent.news.step
-    time.sleep(1)
-    assert (one.agent.silence, one.agent.news.step) == (silence, step)  # no hang
+    wait_for(still, "no step, and no silence that would be called a hang")
+    step = one.agent.news.step
     back()
     wait_for(lambda: one.agent.news.step > step, "it to go on")
     wait_for(lambda: one.agent.news.reason == "", "it to be well")

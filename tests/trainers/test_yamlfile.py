@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from trainers.config import RunConfig
@@ -108,7 +108,15 @@ def test_byte_order_mark_and_windows_lines_are_fine(write):
     assert document.line(("b",)) == 2
 
 
-plain = st.recursive(
+class Quoting(yaml.SafeDumper):
+    """Quotes every text: PyYAML writes YAML 1.1, where `1e5` and `08` are text without quotes."""
+
+
+Quoting.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+)
+
+values = st.recursive(
     st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 63) - 1) | st.floats(allow_nan=False)
     | st.text(st.characters(exclude_categories=["Cs", "Cc", "Cn", "Co"]), max_size=8),
     lambda inner: st.lists(inner, max_size=3)
@@ -118,9 +126,10 @@ plain = st.recursive(
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.dictionaries(st.from_regex(r"[a-z]{1,5}", fullmatch=True), plain, min_size=1, max_size=4))
+@given(data=st.dictionaries(st.from_regex(r"[a-z]{1,5}", fullmatch=True), values, min_size=1, max_size=4))
+@example(data={"a": "1e5", "b": ["08", {"c": "0o17"}]})
 def test_reads_back_what_a_yaml_writer_wrote(write, data):
-    text = yaml.safe_dump(data, allow_unicode=True, sort_keys=False)
+    text = yaml.dump(data, Dumper=Quoting, allow_unicode=True, sort_keys=False)
     assert read(write(text)).data == data
 
 
