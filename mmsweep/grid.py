@@ -187,6 +187,9 @@ def load_grid(path: Path | str, *, identify: Identify) -> Grid:
     assert spec is not None
     expanded = {key: run for key, run in runs.items() if run is not None}
     _check_shares(draft, spec.resources.workers, expanded)
+    for arm in spec.resources.priority.keys() - draft.arms.keys():
+        text = f"there is no such arm{did_you_mean(arm, draft.arms)}"
+        draft.note(("resources", "priority", arm), text)
     raise_if(draft.problems)
     return _expand(draft, spec, expanded)
 

@@ -523,8 +523,7 @@ def node_at(model: type[BaseModel], config: Place) -> dict[str, Any] | None:
     """The JSON schema of what `model` holds at `config`; None where it holds nothing."""
     node: Any = _schema(model)
     for part in config:
-        node = _resolve(model, node)
-        node = next((option for option in node.get("anyOf", []) if option.get("type") != "null"), node)
+        node = _given(model, _resolve(model, node))
         if isinstance(part, int):
             prefix = node.get("prefixItems", [])
             node = prefix[part] if part < len(prefix) else node.get("items")
@@ -534,7 +533,14 @@ def node_at(model: type[BaseModel], config: Place) -> dict[str, Any] | None:
             node = next(iter(node.get("patternProperties", {}).values()), node.get("additionalProperties"))
         if not isinstance(node, dict):
             return None
-    return _resolve(model, node)
+    node = _resolve(model, node)
+    section = _given(model, node)
+    return section if "properties" in section else node
+
+
+def _given(model: type[BaseModel], node: dict[str, Any]) -> dict[str, Any]:
+    """The schema of an optional value that is not null."""
+    return _resolve(model, next((one for one in node.get("anyOf", []) if one.get("type") != "null"), node))
 
 
 def _resolve(model: type[BaseModel], node: dict[str, Any]) -> dict[str, Any]:

@@ -102,6 +102,24 @@ def test_a_run_whose_node_dies_goes_on_elsewhere(nodes, texts, tmp_path):
     wait_for(lambda: not left_over(), "all processes to end")
 
 
+def test_as_many_runs_go_on_at_once_as_the_cluster_has_room_for_when_it_grows(nodes, texts, tmp_path):
+    nodes.add(cpus=1)
+    grid = write_grid(tmp_path / "g.yaml", texts, resources="{}", seeds=[1, 2], steps=100_000, every=1000)
+    sweep = launch(grid, tmp_path / "store", tmp_path / "log", nodes.address)
+    wait_for(lambda: len(processes("trainers.train")) == 1, "the first run")
+    (first,) = processes("trainers.train")
+    nodes.add(cpus=2)
+    wait_for(lambda: len(processes("trainers.train")) == 3, "two more runs on the new node")
+    nodes.add(cpus=1)
+    wait_for(lambda: len(processes("trainers.train")) == 4, "the last run on the newest node")
+    assert first.is_running()
+    sweep.send_signal(signal.SIGINT)
+    assert sweep.wait(120) == 1
+    wait_for(lambda: not left_over(), "all processes to end")
+    store = open_store(str(tmp_path / "store"))
+    assert [store.status(run_id)["status"] for run_id in store.run_ids()] == [records.PENDING] * 4
+
+
 def test_workers_see_the_gpus_of_their_trial_and_no_others(nodes, texts, tmp_path):
     """Nodes that claim three GPUs: two runs share one of them, a run of two workers has the others."""
     nodes.add(cpus=4, gpus=3)
