@@ -106,6 +106,8 @@ class Comparison:
     claim: Claim
     lacking: str
     """Why there are no pairs; "" where there are."""
+    runs: tuple[str, ...] = ()
+    """Ids of the paired runs."""
 
     @property
     def verdict(self) -> str:
@@ -297,6 +299,7 @@ def _compare(table: pd.DataFrame, measure: Measure, arm: str, reference: str, cl
         int((by_seed == math.inf).sum()),
         claim,
         lacking,
+        (*pairs["run_id"], *pairs["run_id_reference"]),
     )
 
 
@@ -440,6 +443,7 @@ def frame(found: Sequence[Answer]) -> pd.DataFrame:
             "reference_diverged": c.below,
             "arm_diverged": c.above,
             "verdict": "" if c.claim is Claim.NONE else c.verdict,
+            "run_ids": " ".join(c.runs),
         }
         for answer in found
         for c in answer.comparisons

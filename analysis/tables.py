@@ -652,7 +652,7 @@ def _interval(row: Mapping[Any, Any], name: str, mark: str) -> str:
 
 
 def signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
+    return f"{round(value, 4) + 0.0:+.4f}".replace("-", "−")  # + 0.0: no −0.0000
 
 
 def _share(row: Mapping[Any, Any], *, bounds: bool) -> str:

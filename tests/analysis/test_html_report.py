@@ -285,6 +285,12 @@ def test_the_plan_s_section_stands_where_its_arms_are(modular_report, report):
     assert 'id="modular-manifolds"' not in report[0].read_text()
 
 
+def test_the_plan_s_comparisons_name_their_runs(modular_report):
+    table = modular_report.read_text().partition('id="hypotheses"')[2].partition("</table>")[0]
+    (behind,) = {attributes["data-of"] for _, attributes in Page(table).tags if "data-of" in attributes}
+    assert len(behind.split()) == 4  # two seeds of baseline and of muon_all
+
+
 def test_a_stranger_among_the_plan_s_arms_is_escaped(modular_report):
     parsed = Page(modular_report.read_text())
     assert parsed.text.count(EVIL) >= 3  # in T1, in the metrics and in the list of runs
