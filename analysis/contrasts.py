@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis.load import Frames
 from analysis.stats import holm, paired_t, paired_t_p
-from analysis.tables import EXPLORATORY, PREDECLARED, PRIMARY, Text, p_cell, signed
+from analysis.tables import EXPLORATORY, PREDECLARED, PRIMARY, Text, bounds, p_cell, signed
 
 LEVEL = 0.05
 UNDECIDED = "undecided"
@@ -244,11 +244,6 @@ def lost_seeds(found: Contrast) -> str:
     """`hetero alone diverged in 1 seed`, or nothing."""
     lost = ((found.arm, found.arm_lost), (found.reference, found.reference_lost))
     return ", ".join(f"{name} alone diverged in {count(n, 'seed')}" for name, n in lost if n)
-
-
-def bounds(low: float, high: float) -> str:
-    """` [−0.0284, −0.0221]`; nothing where there is no interval."""
-    return "" if math.isnan(low) else f" [{signed(low)}, {signed(high)}]"
 
 
 def count(n: int, noun: str) -> str:

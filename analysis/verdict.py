@@ -15,7 +15,6 @@ from analysis.contrasts import (
     UNDECIDED,
     Contrast,
     Swap,
-    bounds,
     count,
     lost_seeds,
     predeclared,
@@ -23,7 +22,7 @@ from analysis.contrasts import (
 from analysis.hypotheses import MARGIN
 from analysis.load import Frames
 from analysis.stats import clopper_pearson, pilot_sigma, runs_needed
-from analysis.tables import p_cell, signed, three_digits
+from analysis.tables import bounds, p_cell, signed, three_digits
 from trainers.records import FINISHED, PENDING, RUNNING
 
 DECIDED = "decided"

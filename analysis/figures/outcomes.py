@@ -25,7 +25,7 @@ from analysis.figures.drawing import (
 )
 from analysis.load import Frames
 from analysis.stats import Interval, paired_t
-from analysis.tables import EXPLORATORY, PREDECLARED, PRIMARY, REFERENCES, signed
+from analysis.tables import EXPLORATORY, PREDECLARED, PRIMARY, REFERENCES, bounds, signed
 from analysis.theme import INK, VARIANTS, Style, arm_styles, look
 
 FAR = 6.0
@@ -163,9 +163,7 @@ def _said(row: Row) -> str:
     found = row.interval
     if not found.n:
         return row.note or "no finite pair"
-    text = signed(found.estimate)
-    if not math.isnan(found.low):
-        text += f" [{signed(found.low)}, {signed(found.high)}]"
+    text = signed(found.estimate) + bounds(found.low, found.high)
     return f"{text}  n = {found.n}" + (f"; {row.note}" if row.note else "")
 
 

@@ -7,10 +7,10 @@ import math
 
 import pandas as pd
 
-from analysis.contrasts import assigned, bounds, flat
+from analysis.contrasts import assigned, flat
 from analysis.load import Frames
 from analysis.stats import median, paired_t
-from analysis.tables import Text, signed
+from analysis.tables import Text, bounds, signed
 
 _CHOSEN = {f"assignment.{kind}.{key}" for kind in ("attn", "mlp") for key in ("manifold", "optimizer")}
 """Axes that choose an assignment; values of the others are the cell in which assignments are compared."""
