@@ -92,7 +92,7 @@ def _difference(left: pd.DataFrame, right: pd.DataFrame) -> Contrast:
     """Pairs share the seed; the cell is the same already."""
     both = [runs.assign(family="") for runs in (right, left)]
     if left.empty or right.empty:
-        return Contrast("", "", *(math.nan,) * 3, 0, 0, 0, math.nan, math.nan, "", ())
+        return Contrast("", "", *(math.nan,) * 3, *(0,) * 5, math.nan, math.nan, "", ())
     return contrast(*both)
 
 
@@ -150,6 +150,8 @@ def _side_cells(side: Side) -> tuple[str, str, str]:
 def _difference_cell(found: Contrast) -> str:
     if not found.pairs:
         return "–"
+    if len(set(found.runs)) == found.pairs:  # each pair is one run, which stands in both grids
+        return "the same runs"
     lost = found.arm_lost + found.reference_lost
     more = f", {count(lost, 'seed')} with one diverged" if lost else ""
     return f"{signed(found.estimate)}{bounds(found.low, found.high)} ({found.pairs}{more})"

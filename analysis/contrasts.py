@@ -37,6 +37,9 @@ class Contrast:
     arm_lost: int
     """Seeds in which the arm diverged and the reference did not."""
     reference_lost: int
+    arm_unstable: int
+    """Pairs in which a stability rule fired in the arm's run, which has a finite loss all the same."""
+    reference_unstable: int
     p: float
     holm: float
     role: str
@@ -84,6 +87,8 @@ def contrast(runs: pd.DataFrame, others: pd.DataFrame) -> Contrast:
         found.n,
         int(((left == math.inf) & (right != math.inf)).sum()),
         int(((left != math.inf) & (right == math.inf)).sum()),
+        int((pairs["unstable"].fillna(False).astype(bool) & (left != math.inf)).sum()),
+        int((pairs["unstable_reference"].fillna(False).astype(bool) & (right != math.inf)).sum()),
         paired_t_p(differences),
         math.nan,
         EXPLORATORY,

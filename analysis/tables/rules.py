@@ -67,8 +67,8 @@ def t4_text(frames: Frames, table: pd.DataFrame) -> Text:
 
 
 def log_rank_text(table: pd.DataFrame) -> Text:
-    """The comparisons of `survival.comparisons` in which a run diverged."""
-    columns = ("arm", "other arm", "diverged", "diverged, other", "expected", "log-rank p", "Holm p")
+    """The comparisons of `survival.comparisons` in which a run was unstable."""
+    columns = ("arm", "other arm", "unstable", "unstable, other", "expected", "log-rank p", "Holm p")
     told = table[table["events"] + table["events_other"] > 0]
     rows = tuple(
         (
@@ -83,8 +83,9 @@ def log_rank_text(table: pd.DataFrame) -> Text:
         for row in told.to_dict("records")
     )
     notes = (
-        "Exploratory: time to divergence, every two arms of a cell. Left out, but counted by Holm, where no "
-        f"run diverged: {len(table) - len(told)}. diverged: runs with an event, of all that were watched. "
+        "Exploratory: time to the first bad evaluation, every two arms of a cell. Left out, but counted by "
+        f"Holm, where no run was unstable: {len(table) - len(told)}. unstable: runs in which a rule fired, of "
+        "all that were watched. "
         "expected: events in the arm, were both alike. p: share of the assignments of these runs to the two "
         "arms that are as far from it, with its 95% interval where they were drawn.",
     )

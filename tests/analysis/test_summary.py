@@ -27,7 +27,7 @@ def test_the_summary_is_computed(paper_frames):
         (
             "Loss",
             "Lowest median final validation loss: hetero, 2.4233 (n = 2) nats per token; "
-            "highest finite one: hetero_inv, 3.1275 (n = 2).",
+            "highest finite one: hetero_inv, 3.1275 (n = 2, 2 unstable).",
             "",
         ),
         (
@@ -43,7 +43,8 @@ def test_the_summary_is_computed(paper_frames):
         (
             "Attention",
             "stiefel instead of dgram, MLP on stiefel (all_stiefel − hetero_inv): "
-            "−0.6789 [−0.6796, −0.6783] (n = 2 pairs, Holm p = 0.0001).",
+            "−0.6789 [−0.6796, −0.6783] (n = 2 pairs, Holm p = 0.0001); unstable: hetero_inv in 2 "
+            "runs.",
             DECIDED,
         ),
         (
@@ -61,7 +62,7 @@ def test_the_summary_is_computed(paper_frames):
         (
             "MLP",
             "dgram instead of stiefel, attention on dgram (all_dgram − hetero_inv): "
-            "−0.2951 [−0.2957, −0.2944] (n = 2 pairs, Holm p = 0.0002).",
+            "−0.2951 [−0.2957, −0.2944] (n = 2 pairs, Holm p = 0.0002); unstable: hetero_inv in 2 runs.",
             DECIDED,
         ),
         (
@@ -84,8 +85,8 @@ def test_the_summary_is_computed(paper_frames):
         (
             "Seeds",
             "Noise between seeds: 0.0035 nats, below 0.0055 with 80% confidence (4 degrees of freedom). It "
-            "takes 5 seeds an arm to find a difference of 0.0135 nats with 90% power, 3 more than the "
-            "smallest arm has.",
+            "takes 7 seeds an arm to decide a predeclared difference of 0.0135 nats with 90% power, 5 more than "
+            "the smallest arm has.",
             TOO_FEW,
         ),
     ]
@@ -132,7 +133,26 @@ def test_one_seed_says_what_is_missing(tmp_path):
     assert none.verdict == UNDECIDED
     seeds = said(load(write_store(tmp_path / "again", runs)))[-1]
     assert seeds.verdict == TOO_FEW
-    assert f"takes {runs_needed(0.0135, 0.002)} seeds an arm" in seeds.text
+    needed = runs_needed(0.0135, 0.002, paired=True, level=1 - 0.05 / 2)
+    assert f"takes {needed} seeds an arm" in seeds.text
+
+
+def test_the_seeds_that_are_lacking_are_counted_over_all_arms_and_runs_of_many_cells_once(tmp_path):
+    lr = "optimizer.muon.lr"
+    noise = (0.0, 0.004, 0.007)
+    runs = [
+        Run("hetero", s, curve(2.4 + noise[s]), overrides={"optimizer": {"muon": {"lr": v}}}, axes={lr: v})
+        for v in (0.1, 0.2)
+        for s in range(3)
+    ]
+    for value in (0.1, 0.2):  # as an arm that the axis means nothing to: one run, two cells
+        runs += [Run("unconstrained", s, curve(2.5 + noise[s]), axes={lr: value}) for s in range(3)]
+    runs += [Run("all_stiefel", s, [], status="pending", axes={lr: 0.1}) for s in range(3)]
+    frames = load(write_store(tmp_path, runs, index=grid_index(runs, axes=[lr])))
+    text = said(frames)[-1].text
+    assert "(6 degrees of freedom)" in text
+    needed = int(text.partition("It takes ")[2].partition(" ")[0])
+    assert f"{needed} more than the smallest arm has" in text
 
 
 def test_a_seed_that_diverged_takes_away_the_verdict_it_speaks_against(tmp_path):

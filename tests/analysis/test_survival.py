@@ -217,7 +217,7 @@ def test_curves_and_comparisons_are_made_within_a_cell(tmp_path):
     assert table["holm"].tolist() == [1.0, 4 / 20]
     text = log_rank_text(table)
     assert text.rows == (("hetero · lr=1", "all_dgram · lr=1", "0/3", "3/3", "1.50", "0.1000", "0.2000"),)
-    assert "where no run diverged: 1." in text.notes[0]
+    assert "where no run was unstable: 1." in text.notes[0]
     curve = curves(frames)
     assert list(curve.columns[:3]) == ["arm", "label", "step"]
     last = curve.groupby("label")["survival"].last()

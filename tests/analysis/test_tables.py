@@ -118,10 +118,9 @@ def paper_preset(arm, **model):
 def test_published_losses_stand_only_beside_the_papers_preset(tmp_path, paper_frames):
     table = t1(load(write_store(tmp_path / "paper", [paper_preset(arm) for arm in ARMS])))
     assert table["published"].tolist() == ["3.3855", "3.3679", "unstable", "3.3544", "unstable"]
-    narrow = load(
-        write_store(tmp_path / "narrow", [paper_preset("hetero"), paper_preset("all_dgram", d_model=384)])
-    )
-    assert "published" not in t1(narrow)
+    for other in ({"d_model": 384}, {"n_layer": 6}, {"context": 512}):
+        runs = [paper_preset("hetero"), paper_preset("all_dgram", **other)]
+        assert "published" not in t1(load(write_store(tmp_path / repr(other), runs)))
     assert "published" not in t1(paper_frames)
 
 

@@ -161,7 +161,8 @@ def contents(where: Path, folder: Path) -> dict[str, str]:
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    found = {path.name: path.read_bytes() for path in (report / "tables").glob("t*.csv")}
+    tables = [path for path in (report / "tables").glob("t*.csv") if path.stem != "t2"]  # T2: what runs cost
+    found = {path.name: path.read_bytes() for path in tables}
     for run_id in store.run_ids():
         found[f"{run_id}: conflicts"] = "\n".join(store.conflicts(run_id)).encode()
         for kind in KINDS:
