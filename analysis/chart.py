@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.figures.drawing import state_of
 from analysis.load import Frames
 from analysis.theme import VARIANTS, arm_styles
-from trainers.records import FINISHED
 
 MOST_POINTS = 400
 """Of a curve; longer ones become the mean, the lowest and the highest value of as many stretches."""
@@ -125,8 +125,8 @@ def _labels(parts: Sequence[Frames]) -> list[dict[str, Any]]:
 
 def _run(run: Mapping[Any, Any], label: int) -> dict[str, Any]:
     bad = None if pd.isna(run["first_bad"]) else int(run["first_bad"])
-    ended = run["status"] in FINISHED
-    return {"id": str(run["run_id"]), "label": label, "seed": int(run["seed"]), "bad": bad, "ended": ended}
+    state = state_of(run["status"], run["final_val_loss"])
+    return {"id": str(run["run_id"]), "label": label, "seed": int(run["seed"]), "bad": bad, "state": state}
 
 
 def _curves(long: pd.DataFrame, points: int, steps: dict[tuple[int, ...], int]) -> dict[str, list[Any]]:

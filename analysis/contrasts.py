@@ -137,17 +137,17 @@ def swaps(frames: Frames, table: pd.DataFrame) -> list[Swap]:
     found = []
     for _, family in frames.runs.groupby("family", sort=False):
         by_label = {str(label): runs for label, runs in family.groupby("label", sort=False)}
-        trained = {label: _trained(frames, runs) for label, runs in by_label.items()}
-        for pair in itertools.combinations([label for label in by_label if trained[label]], 2):
-            kind = _only_module(*(trained[label] for label in pair))
+        configs = {label: trained(frames, runs) for label, runs in by_label.items()}
+        for pair in itertools.combinations([label for label in by_label if configs[label]], 2):
+            kind = _only_module(*(configs[label] for label in pair))
             if kind is not None:
                 arm, reference = next((p for p in (pair, pair[::-1]) if p in primary), pair)
                 known = primary.get((arm, reference)) or contrast(by_label[arm], by_label[reference])
                 if known.role == EXPLORATORY and known.estimate > 0:
                     known = contrast(by_label[reference], by_label[arm])
-                this, that = (assigned(trained[label], kind) for label in (known.arm, known.reference))
+                this, that = (assigned(configs[label], kind) for label in (known.arm, known.reference))
                 other = next(module for module in MODULES if module != kind)
-                found.append(Swap(MODULES[kind], this, that, assigned(trained[arm], other), known))
+                found.append(Swap(MODULES[kind], this, that, assigned(configs[arm], other), known))
     return sorted(_adjusted(found), key=lambda swap: list(MODULES.values()).index(swap.module))
 
 
@@ -162,7 +162,7 @@ def _adjusted(found: Sequence[Swap]) -> list[Swap]:
     ]
 
 
-def _trained(frames: Frames, runs: pd.DataFrame) -> dict[str, Any]:
+def trained(frames: Frames, runs: pd.DataFrame) -> dict[str, Any]:
     """What the runs train, as dotted paths of their config; empty where none has a config yet."""
     apart = ("arm", "seed", "runtime", "probes", "stability")
     for run_id in runs["run_id"]:
@@ -188,9 +188,9 @@ def _only_module(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None
     return kinds.pop() if len(kinds) == 1 else None
 
 
-def assigned(trained: Mapping[str, Any], kind: str) -> str:
+def assigned(config: Mapping[str, Any], kind: str) -> str:
     """`stiefel`, `unconstrained`, `adamw`, `adamw stiefel`; with its own lr and decay where it has any."""
-    own = {name: trained.get(f"assignment.{kind}.{name}") for name in _ASSIGNMENT}
+    own = {name: config.get(f"assignment.{kind}.{name}") for name in _ASSIGNMENT}
     words = ["adamw"] if own["optimizer"] == "adamw" else []
     if own["manifold"] not in (None, "none"):
         words.append(str(own["manifold"]))

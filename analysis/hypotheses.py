@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +22,6 @@ from analysis.stats import (
     Interval,
     clopper_pearson,
     paired_t,
-    spikes,
 )
 from analysis.tables import Text, three_digits
 from trainers.records import FINISHED
@@ -294,22 +292,13 @@ def _compare(table: pd.DataFrame, measure: Measure, arm: str, reference: str, cl
         reference,
         float(pairs[column].median()),
         float(pairs[other].median()),
-        _sign_interval(finite) if measure is UNSTABLE else _t_interval(finite),
+        _sign_interval(finite) if measure is UNSTABLE else paired_t(finite),
         int((by_seed == -math.inf).sum()),
         int((by_seed == math.inf).sum()),
         claim,
         lacking,
         (*pairs["run_id"], *pairs["run_id_reference"]),
     )
-
-
-def _t_interval(differences: Sequence[float]) -> Interval:
-    """`paired_t`, without bounds where all differences are one number: a spread of 0 is not known to
-    be 0 (counts of spikes easily agree in two seeds)."""
-    found = paired_t(differences)
-    if len(differences) > 1 and np.ptp(differences) <= 1e-9 * np.abs(differences).max():
-        return Interval(found.estimate, math.nan, math.nan, found.n)
-    return found
 
 
 def _sign_interval(differences: Sequence[float]) -> Interval:
@@ -351,22 +340,22 @@ def measures(frames: Frames) -> pd.DataFrame:
     """One row per finished run of the plan's arms, with what the hypotheses compare.
 
     `val_loss`: nats per token, +inf where the run has no finite loss at its horizon. `unstable`: 0 or 1.
-    `spike_score`: see there. `loss_spread`, `grad_spread`: see `spread`; over the steps after a tenth of
-    the horizon, +inf where `val_loss` is. `<kind>_sigma_growth`, `<kind>_norm_growth`: see `_growth`.
+    `spike_score`: OLMo 2's, of the loss. `loss_spread`, `grad_spread`: +inf where `val_loss` is. These three
+    are of every step: see `analysis.stepwise`. `<kind>_sigma_growth`, `<kind>_norm_growth`: see `_growth`.
     """
     listed = frames.runs["arm"].isin((*NINE, *DECAY_ARMS)) & frames.runs["status"].isin(FINISHED)
     runs = frames.runs[listed]
     table = runs[["run_id", "arm", "seed", "family"]].copy()
     table["val_loss"] = runs["final_val_loss"]
     table["unstable"] = runs["unstable"].to_numpy(dtype=float, na_value=math.nan)
-    horizons = dict(zip(runs["run_id"], runs["horizon"], strict=True))
-    steps = {
-        str(run_id): _of_steps(rows, horizons[run_id])
-        for run_id, rows in frames.steps.groupby("run_id", observed=True)
-        if not pd.isna(horizons.get(run_id)) and frames.stride == 1  # of thinned steps they mean nothing
-    }
-    for i, measure in enumerate((SPIKES, LOSS_SPREAD, GRAD_SPREAD)):
-        table[measure.column] = [steps.get(r, (math.nan,) * 3)[i] for r in table["run_id"]]
+    by_run = frames.stepwise.set_index(["quantity", "run_id"])
+    for measure, quantity, column in (
+        (SPIKES, "loss", "olmo2"),
+        (LOSS_SPREAD, "loss", "spread"),
+        (GRAD_SPREAD, "gradient", "spread"),
+    ):
+        keys = [(quantity, run_id) for run_id in table["run_id"]]
+        table[measure.column] = by_run[column].reindex(keys).to_numpy()
     table.loc[table["val_loss"] == math.inf, [LOSS_SPREAD.column, GRAD_SPREAD.column]] = math.inf
     for kind, (sigma, norm) in GROWTH.items():
         for measure, long, column in (
@@ -376,37 +365,6 @@ def measures(frames: Frames) -> pd.DataFrame:
             grown = _growth(long[long["module"] == kind], column)
             table[measure.column] = grown.reindex(table["run_id"]).to_numpy(dtype=float)
     return table.reset_index(drop=True)
-
-
-def _of_steps(rows: pd.DataFrame, horizon: int) -> tuple[float, float, float]:
-    losses = rows["loss"].to_numpy(dtype=float)
-    later = rows[rows["step"] > horizon / 10]
-    grads = later["grad_norm"].to_numpy(dtype=float)
-    return (
-        spike_score(losses, horizon),
-        spread(later["loss"].to_numpy(dtype=float)),
-        spread(np.log(grads[grads > 0])),
-    )
-
-
-def spike_score(losses: np.ndarray[Any, np.dtype[np.float64]], horizon: int) -> float:
-    """Share of the step losses that are spikes (`analysis.stats.spikes`).
-
-    The window is the 1,000 losses before, as in OLMo 2 (arXiv 2501.00656); in a run of fewer than 10,000
-    steps a tenth of its horizon, at least 20. The losses of the first window have none and are not
-    counted. NaN where nothing can be counted.
-    """
-    window = min(SPIKE_WINDOW, max(SHORT_WINDOW, horizon // 10))
-    finite = int(np.isfinite(losses).sum())
-    counted = max(finite - window, 0) + len(losses) - finite
-    return int(spikes(losses, window=window).sum()) / counted if counted else math.nan
-
-
-def spread(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-    """Standard deviation of the changes from one value to the next, over √2: that of the values, where
-    they are independent about a slow trend (von Neumann 1941). NaN below three finite values."""
-    changes = np.diff(values[np.isfinite(values)])
-    return float(changes.std(ddof=1) / math.sqrt(2)) if len(changes) > 1 else math.nan
 
 
 def _growth(long: pd.DataFrame, column: str) -> pd.Series[float]:

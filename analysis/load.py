@@ -20,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 from pydantic import ValidationError
 
+from analysis.stepwise import stepwise, stepwise_frame
 from analysis.versions import TooNewError, migrated
 from mmsweep.rows import Steps, read
 from mmsweep.store import DamagedError, NotFound, RunStore, StoreError, open_store
@@ -95,6 +96,9 @@ class Frames:
     attention: pd.DataFrame
     flow: pd.DataFrame
     costs: pd.DataFrame
+    stepwise: pd.DataFrame
+    """Two rows per run with records of steps, taken from all of them, whatever of `steps` was asked for:
+    see `analysis.stepwise`."""
     verdicts: Mapping[str, Verdict]
     configs: Mapping[str, Mapping[str, Any]]
     """The `config.json` of each run that has one."""
@@ -289,6 +293,7 @@ class _Reading:
         self.status = str(self.state.get("status") or PENDING)
         self.tables: dict[str, pa.Table] = {}
         self.evals: list[tuple[int, float]] = []
+        self.stepwise: tuple[dict[str, Any], ...] = ()
         self.verdict: Verdict | None = None
         self._seen = 0
         self._nonfinite_at: int | None = None
@@ -345,9 +350,10 @@ class _Reading:
         if kind == "evals":
             self.evals = list(zip(table["step"].to_pylist(), table["val_loss"].to_pylist(), strict=True))
         if kind == "steps":
-            step = table["step"].to_numpy()
-            finite = np.isfinite(table["loss"].to_numpy()) & np.isfinite(table["grad_norm"].to_numpy())
+            step, loss, norm = (table[name].to_numpy() for name in ("step", "loss", "grad_norm"))
+            finite = np.isfinite(loss) & np.isfinite(norm)
             self._nonfinite_at = None if finite.all() else int(step[~finite][0])
+            self.stepwise = stepwise(step, loss, norm, self.horizon or int(step[-1]))
             if wanted:
                 table = thinned(table, self.stride)
                 if between:
@@ -402,6 +408,8 @@ class _Reading:
             was = "unstable" if said.get("unstable") else "stable"
             now = "unstable" if verdict.unstable else "stable"
             self.notes.append(f"{self.run_id}: its summary says {was}, its evaluations say {now}")
+        if self.status == DIVERGED and not verdict.unstable:
+            self.notes.append(f"{self.run_id}: it ended as diverged and its evaluations do not say so")
         return verdict
 
 
@@ -460,6 +468,7 @@ def _frames(
         attention=_long("attention", readings, owners),
         flow=_long("flow", readings, owners),
         costs=_long("costs", readings, owners),
+        stepwise=stepwise_frame({r: reading.stepwise for r, reading in readings.items()}),
         verdicts={r: reading.verdict for r, reading in readings.items() if reading.verdict},
         configs={r: reading.config for r, reading in readings.items() if reading.config},
         states={r: reading.state for r, reading in readings.items() if reading.state},
@@ -483,6 +492,7 @@ def _row(cell: Mapping[str, Any], reading: _Reading) -> dict[str, Any]:
         "mlp": run.assignment.mlp.manifold if run else cell.get("mlp", ""),
         "axes": dict(cell["axes"]),
         "config": reading.config.get("config") or {},
+        "store": reading.store.url,
         "status": reading.status,
         "reason": str(reading.state.get("reason") or ""),
         "step": reading.step,
@@ -490,7 +500,7 @@ def _row(cell: Mapping[str, Any], reading: _Reading) -> dict[str, Any]:
         "final_val_loss": _final(reading),
         "last_val_loss": losses[-1] if losses else math.nan,
         "best_val_loss": min(filter(math.isfinite, losses), default=math.nan),
-        "unstable": verdict.unstable if verdict else None,
+        "unstable": True if reading.status == DIVERGED else verdict.unstable if verdict else None,
         "first_bad": verdict.first_bad if verdict else None,
         "rules": "; ".join(_bracket(r.rule, r.last_good, r.step) for r in verdict.rules) if verdict else "",
         "attempts": int(reading.state.get("attempts", reading.state.get("attempt")) or 0),
@@ -535,7 +545,20 @@ def _label(rows: list[dict[str, Any]], axes: tuple[str, ...]) -> None:
             row["family"] = _digest(shared or row["run_id"])
             parts = [row["arm"], f"no grid, {row['group'][:4]}"] if several else [row["arm"]]
         row["label"] = " · ".join(parts)
+    _pair_within_stores(rows)
     _tell_twins_apart(rows)
+
+
+def _pair_within_stores(rows: list[dict[str, Any]]) -> None:
+    """Two stores may hold a seed of one arm of one grid, of different data, say: pairs are of one store then."""
+    ids: dict[tuple[str, str, int], set[str]] = {}
+    for row in rows:
+        ids.setdefault((row["family"], row["arm"], row["seed"]), set()).add(row["run_id"])
+    twice = {family for (family, _, _), found in ids.items() if len(found) > 1}
+    for row in rows:
+        store = row.pop("store")
+        if row["family"] in twice:
+            row["family"] += f" {store}"
 
 
 def _tell_twins_apart(rows: list[dict[str, Any]]) -> None:

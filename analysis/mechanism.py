@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -21,6 +21,7 @@ from scipy import stats
 from analysis.load import Frames
 from analysis.stats import (
     SHORT_WINDOW,
+    SPIKE_SIGMAS,
     SPIKE_WINDOW,
     clopper_pearson,
     holm,
@@ -28,9 +29,9 @@ from analysis.stats import (
     sign_test,
     spikes,
 )
+from analysis.stepwise import LOSS_RISE, first_crossing
 from analysis.survival import times
 from analysis.tables import Text, p_cell
-from trainers.config import StabilityConfig
 from trainers.records import FINISHED
 
 LEVEL = 0.05
@@ -74,14 +75,15 @@ QUANTITIES = (
     Quantity("logit", "largest attention logit", Rule.ABOVE, 100.0, "attention"),
     Quantity("entropy", "attention entropy, lowest layer", Rule.BELOW, 0.1, "attention"),
     Quantity("jacobian", "softmax ‖J‖_F, lowest layer", Rule.BELOW, 0.1, "attention"),
-    Quantity("gradient", "gradient norm", Rule.SPIKE, 7.0, "steps"),
-    Quantity("update", "update ‖ΔW‖/‖W‖, largest matrix", Rule.SPIKE, 7.0, "flow"),
-    Quantity("loss", "loss of a step", Rule.RISE, StabilityConfig().spike_rise, "steps"),
+    Quantity("gradient", "gradient norm", Rule.SPIKE, SPIKE_SIGMAS, "steps"),
+    Quantity("update", "update ‖ΔW‖/‖W‖, largest matrix", Rule.SPIKE, SPIKE_SIGMAS, "flow"),
+    Quantity("loss", "loss of a step", Rule.RISE, LOSS_RISE, "steps"),
 )
 """σ and logit: the loosest caps that a retune of DGram attention tries (σ ≤ 10; QK-clip at 100, as in
 arXiv 2507.20534). Entropy: a tenth of a uniform row's. ‖J‖: a fifth of its largest value, .5, on the sharp
 side alone (p_max > .5), because flat rows have a small ‖J‖ too. Spikes: OLMo 2 (arXiv 2501.00656). Loss:
-the rise of the hard-spike rule of `trainers.stability`, on single steps."""
+the rise of the hard-spike rule of `trainers.stability`, on single steps. Those of steps are dated when the
+steps are loaded, by all of them: `analysis.stepwise`."""
 SHARP = 0.5
 """p_max above which a small ‖J‖ means saturation."""
 EVENT = "event"
@@ -92,7 +94,7 @@ training fails."""
 
 
 def series(frames: Frames, quantity: Quantity) -> pd.DataFrame:
-    """One row per run and step at which it was recorded: `run_id, step, value`.
+    """One row per run and step at which it was recorded, of what is not of every step: `run_id, step, value`.
 
     `sigma`: largest of any attention matrix, from spectra and flow. `logit`: largest of any head.
     `entropy`, `jacobian`: mean over the heads of a layer, of the layer where it is lowest; ‖J‖ counts as
@@ -109,13 +111,7 @@ def series(frames: Frames, quantity: Quantity) -> pd.DataFrame:
         flat = layers["p_max"] <= SHARP
         layers["jacobian"] = layers["jacobian_norm"].mask(flat, 0.5)
         return _by_step(layers, quantity.name, "min")
-    if quantity.name == "update":
-        return _by_step(frames.flow, "update_ratio", "max")
-    column = {"gradient": "grad_norm", "loss": "loss"}[quantity.name]
-    found = frames.steps[["run_id", "step", column]].rename(columns={column: "value"})
-    if f"{column}_max" in frames.steps:  # of the steps between rows, where frames were loaded thinned
-        found["value"] = frames.steps[f"{column}_max"].where(found["value"].notna())
-    return found
+    return _by_step(frames.flow, "update_ratio", "max")
 
 
 def layer_means(frames: Frames) -> pd.DataFrame:
@@ -155,50 +151,46 @@ def crossings(frames: Frames) -> pd.DataFrame:
     Where `crossed`, the first crossing lies in `(after, step]` and `value` is the one at `step`; `after` is
     0 where the first record had crossed already. Else censored: within bounds up to `step`.
     """
-    runs = frames.runs.drop_duplicates("run_id").set_index("run_id").to_dict("index")
-    rows = []
-    for quantity in QUANTITIES:
-        for run_id, values in series(frames, quantity).groupby("run_id", sort=False):
-            if run_id not in runs:
-                continue
-            run = runs[run_id]
-            values = values.sort_values("step")
-            horizon = run["step"] if pd.isna(run["horizon"]) else run["horizon"]
-            own = {
-                "run_id": run_id,
-                **{name: run[name] for name in ("arm", "label", "seed")},
-                "quantity": quantity.name,
-            }
-            steps, numbers = values["step"].to_numpy(), values["value"].to_numpy(dtype=float)
-            rows.append(own | _first(steps, numbers, quantity, horizon))
+    runs = {run["run_id"]: run for run in frames.runs.drop_duplicates("run_id").to_dict("records")}
+    rows = [
+        {name: runs[run_id][name] for name in ("run_id", "arm", "label", "seed")}
+        | {"quantity": quantity.name, **first}
+        for quantity in QUANTITIES
+        for run_id, first in _firsts(frames, quantity, runs)
+    ]
     return pd.DataFrame(rows, columns=list(_CROSSINGS)).astype(_CROSSINGS)
 
 
-def _first(steps: Any, values: Any, quantity: Quantity, horizon: int) -> dict[str, Any]:
-    out = _outside(steps, values, quantity, horizon)
-    hit = int(out.argmax()) if out.any() else -1
-    return {
-        "crossed": hit >= 0,
-        "after": int(steps[hit - 1]) if hit > 0 else 0 if hit == 0 else int(steps[-1]),
-        "step": int(steps[hit]),
-        "value": float(values[hit]),
-        "records": len(steps),
-    }
+def _firsts(
+    frames: Frames, quantity: Quantity, runs: Mapping[str, Mapping[Any, Any]]
+) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """The `first_crossing` of every run of `runs`, by id."""
+    if quantity.records == "steps":
+        found = frames.stepwise[frames.stepwise["quantity"] == quantity.name]
+        columns = ["crossed", "after", "step", "value", "records"]
+        firsts = zip(found["run_id"], found[columns].to_dict("records"), strict=True)
+        yield from ((run_id, first) for run_id, first in firsts if run_id in runs)
+        return
+    for run_id, rows in series(frames, quantity).groupby("run_id", sort=False):
+        run = runs.get(str(run_id))
+        if run is None:
+            continue
+        rows = rows.sort_values("step")
+        horizon = run["step"] if pd.isna(run["horizon"]) else run["horizon"]
+        steps, values = rows["step"].to_numpy(), rows["value"].to_numpy(dtype=float)
+        yield str(run_id), first_crossing(steps, values, _outside(steps, values, quantity, horizon))
 
 
 def _outside(steps: Any, values: Any, quantity: Quantity, horizon: int) -> Any:
-    """Which records are out of bounds."""
+    """Which records are out of bounds, of a quantity that is not of every step."""
     lost = ~np.isfinite(values)
     if quantity.rule is Rule.ABOVE:
         return lost | (values > quantity.threshold)
     if quantity.rule is Rule.BELOW:
         return lost | (values < quantity.threshold)
-    if quantity.rule is Rule.SPIKE:
-        cadence = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
-        window = max(SHORT_WINDOW, round(min(SPIKE_WINDOW, horizon / 10) / max(cadence, 1.0)))
-        return spikes(values, window=window, sigmas=quantity.threshold)
-    best = np.minimum.accumulate(np.where(lost, math.inf, values))
-    return lost | (values > best + quantity.threshold)
+    cadence = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
+    window = max(SHORT_WINDOW, round(min(SPIKE_WINDOW, horizon / 10) / max(cadence, 1.0)))
+    return spikes(values, window=window, sigmas=quantity.threshold)
 
 
 def lead_times(frames: Frames, crossed: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -367,8 +359,8 @@ class Chain:
     high: float
     """Clopper–Pearson interval of k / n."""
     p: float
-    """One-sided exact p of k or more, were all orders of the links equally likely: undecided runs count
-    as if they did not show it."""
+    """One-sided exact p of k or more, were training to fail last and all orders of the links before it
+    equally likely. Undecided runs count as if they did not show it."""
 
     @property
     def verdict(self) -> str:
@@ -382,7 +374,11 @@ class Chain:
 
 
 def chain(frames: Frames, crossed: pd.DataFrame | None = None) -> Chain:
-    """The one order that was named before any run."""
+    """The one order that was named before any run.
+
+    That the failure comes last shows nothing of the order of the alarms before it, which are mostly there
+    by then: chance is over their orders alone, so that one run cannot support the chain.
+    """
     found = crossings(frames) if crossed is None else crossed
     k = against = n = 0
     for run in _events(frames).to_dict("records"):
@@ -394,7 +390,7 @@ def chain(frames: Frames, crossed: pd.DataFrame | None = None) -> Chain:
         k += all(_sign(own[a], own[b]) == "<" for a, b in itertools.pairwise(CHAIN))
         against += any(_sign(own[a], own[b]) == ">" for a, b in itertools.combinations(CHAIN, 2))
     share = clopper_pearson(k, n)
-    chance = 1 / math.factorial(len(CHAIN))
+    chance = 1 / math.factorial(len(CHAIN) - 1)
     p = float(stats.binom.sf(k - 1, n, chance)) if n else math.nan
     return Chain(k, against, n, share.low, share.high, p)
 
@@ -481,8 +477,9 @@ def _shown(found: Chain) -> str:
     p = p_cell(found.p)
     return (
         f"Unstable runs that show it: {_k_of_n(found.k, found.n, found.low, found.high)}; known to be "
-        f"otherwise: {found.against}; p {p if p.startswith('<') else f'= {p}'} were all orders equally "
-        f"likely: {found.verdict}. That one thing comes before another does not make it the cause."
+        f"otherwise: {found.against}; p {p if p.startswith('<') else f'= {p}'} were all orders of the "
+        f"alarms equally likely: {found.verdict}. That one thing comes before another does not make it the "
+        "cause."
     )
 
 

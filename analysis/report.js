@@ -254,25 +254,38 @@ function chart(data) {
   const value = (number) => number === undefined ? "–" : !Number.isFinite(number) ? "not finite"
     : isLoss() ? number.toFixed(4) : Number(number.toPrecision(3)).toLocaleString("en", { maximumSignificantDigits: 3 });
 
-  // Value of a curve at a step: undefined where the run has not come so far, Infinity after an early end.
+  // Value of a curve at a step: undefined where the run has not come so far, Infinity after it diverged.
   const at = (curve, step, horizon) => {
     const place = lastAt(curve.steps, step);
     if (place < 0) return undefined;
-    if (step > curve.steps.at(-1)) return curve.run.ended && curve.steps.at(-1) < horizon ? Infinity : undefined;
+    if (step > curve.steps.at(-1)) return curve.run.state === "diverged" && curve.steps.at(-1) < horizon ? Infinity : undefined;
     return curve.values[place] ?? Infinity;
   };
+  const those = (own, ...states) => own.filter((curve) => states.includes(curve.run.state));
+
+  // [step, median over the runs that have a value there]: as `Group.median` of the figures.
+  function medians(own, steps) {
+    const held = those(own, "completed").length ? [] : those(own, "training");
+    const first = Math.max(...own.map((curve) => curve.steps[0])), last = Math.min(...held.map((curve) => curve.steps.at(-1)));
+    return steps.filter((step) => step >= first && step <= last).map((step) => {
+      const values = own.map((curve) => at(curve, step, steps.at(-1))).filter((v) => v !== undefined);
+      return [step, values.length ? median(values) : NaN];
+    });
+  }
+
+  // The last finite median of the finished runs: as `Group.result` of the figures. A loss may end at Infinity.
+  function result(own, steps, middle) {
+    const finished = those(own, "completed", "diverged"), early = those(own, "training").length && !those(own, "completed").length;
+    const points = (finished.length && !early ? medians(finished, steps) : middle).filter(([, v]) => !Number.isNaN(v));
+    const end = isLoss() ? points.at(-1) : points.findLast(([, v]) => Number.isFinite(v));
+    return end ? end[1] : undefined;
+  }
 
   function groups() {
     return data.labels.map((label, index) => {
       const own = curves.filter((curve) => curve.run.label === index);
-      const steps = [...new Set(own.flatMap((curve) => curve.steps))].sort((a, b) => a - b);
-      const horizon = steps.at(-1), middle = [];
-      for (const step of steps) {
-        const values = own.map((curve) => at(curve, step, horizon));
-        if (!values.includes(undefined)) middle.push([step, median(values)]);
-      }
-      const end = middle.findLast(([, v]) => Number.isFinite(v));
-      return { ...label, index, own, steps, horizon, middle, end: end ? end[1] : undefined };
+      const steps = [...new Set(own.flatMap((curve) => curve.steps))].sort((a, b) => a - b), middle = medians(own, steps);
+      return { ...label, index, own, steps, horizon: steps.at(-1), middle, end: result(own, steps, middle) };
     }).filter((group) => group.own.length);
   }
 

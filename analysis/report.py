@@ -98,7 +98,10 @@ def write_report(
     loads itself again while runs have not ended.
     """
     several = [frames] if isinstance(frames, Frames) else list(frames)
-    parts = [_part(one, _Folder(out_dir, one.grid or "all" if len(several) > 1 else "")) for one in several]
+    parts = [
+        _part(one, _Folder(out_dir, one.grid or "all" if len(several) > 1 else ""), several)
+        for one in several
+    ]
     differences = _differences(several, _Folder(out_dir, "")) if compared else None
     page = out_dir / "index.html"
     text = _render(parts, page, differences, refresh)
@@ -150,13 +153,13 @@ class _Folder:
         return "-".join(filter(None, (self.name, name)))
 
 
-def _part(frames: Frames, folder: _Folder) -> Part:
-    """Write the files of one grid; returns what the page shows of them."""
+def _part(frames: Frames, folder: _Folder, several: Sequence[Frames]) -> Part:
+    """Write the files of one grid; returns what the page of `several` shows of them."""
     table = tables.t1(frames)
     swaps = contrasts.swaps(frames, table)
     crossed = mechanism.crossings(frames)
     part = Part(frames, frames.grid or "All runs", verdict.summary(frames, table, swaps, crossed))
-    part.tables += [_t1(frames, table, folder), *_modules(swaps, folder), *_costs(frames, folder)]
+    part.tables += [_t1(frames, table, folder), *_modules(swaps, folder), *_costs(frames, folder, several)]
     part.tables += [*_stability(frames, folder), *_mechanism(frames, crossed, folder)]
     _figures(part, folder)
     overview = figures.overview(frames)
@@ -249,13 +252,19 @@ def _modules(swaps: Sequence[contrasts.Swap], folder: _Folder) -> Iterator[Table
         yield _table(folder, "modules", "Which assignment for which module", table, text, _column(shown))
 
 
-def _costs(frames: Frames, folder: _Folder) -> Iterator[Table]:
-    """T2 where costs were recorded, T3 where the grid has axes."""
-    costs, winners = tables.t2(frames), tables.t3(frames)
+def _costs(frames: Frames, folder: _Folder, several: Sequence[Frames]) -> Iterator[Table]:
+    """T2 where costs were recorded; T3 where the grid has axes, with fresh seeds from `several`."""
+    costs, winners = tables.t2(frames), tables.t3(frames, *several)
     if len(frames.costs):
         yield _table(folder, "t2", "T2. Cost", costs, tables.t2_text(frames, costs))
     if len(winners):
-        yield _table(folder, "t3", "T3. Winners of the search", winners, tables.t3_text(frames, winners))
+        text = tables.t3_text(frames, winners)
+        ids, fresh = ([str(runs).split() for runs in winners[c]] for c in ("run_ids", "fresh_run_ids"))
+
+        def behind(row: int, place: int, head: str) -> tuple[str, ...]:
+            return () if text.words[place] else tuple((fresh if head == "on fresh seeds" else ids)[row])
+
+        yield _table(folder, "t3", "T3. Winners of the search", winners, text, behind)
 
 
 def _stability(frames: Frames, folder: _Folder) -> Iterator[Table]:

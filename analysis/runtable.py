@@ -137,6 +137,7 @@ def _details(
     state = frames.states.get(run["run_id"], {})
     facts = {
         "reason": [str(run["reason"])] if run["reason"] else [],
+        "spike scores": _spike_scores(frames, run["run_id"]),
         "attempts": [str(run["attempts"])] if run["attempts"] > 1 else [],
         "failures": _failures(state.get("failures")),
         "last lines": [str(line) for line in _listed(state.get("log_tail"))] if not finished else [],
@@ -147,6 +148,17 @@ def _details(
         "records": [frames.urls[run["run_id"]]] if run["run_id"] in frames.urls else [],
     }
     return ((name, tuple(values)) for name, values in facts.items() if values)
+
+
+def _spike_scores(frames: Frames, run_id: str) -> list[str]:
+    """Shares of the run's steps that are spikes, where it has steps enough to tell. They judge nothing."""
+    found = frames.stepwise[frames.stepwise["run_id"] == run_id].dropna(subset=["olmo2", "olmo_core"])
+    names = {"loss": "loss", "gradient": "gradient norm"}
+    shares = (100 * found[["olmo2", "olmo_core"]]).to_numpy()
+    return [
+        f"{names[quantity]}: {olmo2:.3g}% (OLMo 2), {olmo_core:.3g}% (OLMo-core)"
+        for quantity, (olmo2, olmo_core) in zip(found["quantity"], shares, strict=True)
+    ]
 
 
 def _failures(history: Any) -> list[str]:

@@ -103,6 +103,14 @@ BIBTEX = """\
   note = {Source of the spike score}
 }
 
+@misc{allenai2024core,
+  author = {{Allen Institute for AI}},
+  title = {OLMo-core},
+  year = {2024},
+  url = {https://github.com/allenai/OLMo-core},
+  note = {SkipStepOptimizer: source of the second spike score}
+}
+
 @misc{kimi2025k2,
   author = {{Kimi Team}},
   title = {Kimi K2: Open Agentic Intelligence},

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from scipy import integrate, stats
 
 SIGN_FLIP_LEAST = 6
@@ -22,6 +21,8 @@ SPIKE_WINDOW = 1000
 """Steps that a spike is judged by, as there; of a tenth of the horizon in shorter runs."""
 SHORT_WINDOW = 20
 """Values that it is judged by at least."""
+OLMO_CORE_SIGMAS, OLMO_CORE_WINDOW = 6.0, 128
+"""By which OLMo-core's optimizers skip a step (`SkipStepOptimizer`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,10 @@ def clopper_pearson(k: int, n: int, *, level: float = 0.95) -> Interval:
 
 
 def paired_t(differences: Sequence[float], *, level: float = 0.95) -> Interval:
-    """Mean of paired differences with Student's t interval; no bounds below two pairs.
+    """Mean of paired differences with Student's t interval.
+
+    No bounds below two pairs, and where all differences are one number: a spread of 0 is not known to be 0
+    (counts of spikes easily agree in two seeds).
 
     Raises:
         ValueError: a difference is not finite. Leave such pairs out, and say how many remain.
@@ -62,22 +66,20 @@ def paired_t(differences: Sequence[float], *, level: float = 0.95) -> Interval:
     if n == 0:
         return Interval(math.nan, math.nan, math.nan, 0)
     mean = statistics.fmean(differences)
-    if n == 1:
-        return Interval(mean, math.nan, math.nan, 1)
+    if n == 1 or np.ptp(differences) <= 1e-9 * np.abs(differences).max():
+        return Interval(mean, math.nan, math.nan, n)
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 
 
 def paired_t_p(differences: Sequence[float]) -> float:
-    """Two-sided p of the paired t test of mean 0.
-
-    NaN below two pairs, and where all differences are one number: a spread of 0 is not known to be 0.
+    """Two-sided p of the paired t test of mean 0; NaN where `paired_t` has no bounds.
 
     Raises:
         ValueError: a difference is not finite.
     """
     found = paired_t(differences)
-    if found.n < 2 or np.ptp(differences) <= 1e-9 * np.abs(differences).max():
+    if math.isnan(found.low):
         return math.nan
     t = found.estimate / (statistics.stdev(differences) / math.sqrt(found.n))
     return float(2 * stats.t.sf(abs(t), found.n - 1))
@@ -289,15 +291,79 @@ def spikes(
     """Which values lie at least `sigmas` standard deviations above the mean of the `window` before.
 
     A value that is not finite is a spike, and in no window; a finite one with fewer than `window` finite
-    ones before it is none. Source: the spike score of OLMo 2 (arXiv 2501.00656), there over 1,000 steps.
+    ones before it is none. The standard deviation is that of the window itself. Source: the spike score of
+    OLMo 2 (arXiv 2501.00656), over 1,000 steps, which counts falls too.
     """
     array = np.asarray(values, dtype=float)
     finite = np.isfinite(array)
-    known = pd.Series(array[finite])
-    before = known.rolling(window).agg(["mean", "std"]).shift(1)
-    excess = known - before["mean"]
-    spread = before["std"] * math.sqrt((window - 1) / window)  # of the window itself, as in the source
+    known = array[finite]
     found: np.ndarray[Any, np.dtype[np.bool_]] = ~finite
-    # Rounding of equal values is no spike.
-    found[finite] = ((excess >= sigmas * spread) & (excess > 1e-9 * known.abs())).to_numpy()
+    if len(known) > window:
+        excess, variance = _against_past(known, window)
+        rising = excess > 1e-9 * np.abs(known[window:])  # rounding of equal values is no spike
+        with np.errstate(over="ignore"):
+            high = excess**2 >= sigmas**2 * variance
+        found[finite] = np.append(np.zeros(window, dtype=bool), rising & high)
     return found
+
+
+def _against_past(
+    values: np.ndarray[Any, np.dtype[np.float64]], window: int
+) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.float64]]]:
+    """Of each value with `window` before it: how far it is above their mean, and their variance.
+
+    Those before it are the end of one block of `window` values and the start of the next, and each of the
+    two parts is a cumulative sum within its block, so that a huge value leaves no rounding once it is out
+    of the window. Sums are of distances to the last value of the first block, which is in all of them.
+    """
+    padded = np.zeros(-(-len(values) // window) * window)
+    padded[: len(values)] = values
+    blocks = padded.reshape(-1, window)
+    end, start = blocks[:-1] - blocks[:-1, -1:], blocks[1:] - blocks[:-1, -1:]
+    with np.errstate(over="ignore", invalid="ignore"):  # the square of a huge value, and inf - inf
+        mean = _window_sums(end, start) / window
+        excess, variance = start - mean, _window_sums(end**2, start**2) / window - mean**2
+    counted = len(values) - window
+    return excess.ravel()[:counted], variance.ravel()[:counted]
+
+
+def _window_sums(
+    end: np.ndarray[Any, np.dtype[np.float64]], start: np.ndarray[Any, np.dtype[np.float64]]
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """In column j the sums over `end` from j on and over `start` before j."""
+    sums = np.cumsum(end[:, ::-1], axis=1)[:, ::-1]
+    sums[:, 1:] += np.cumsum(start[:, :-1], axis=1)
+    return sums
+
+
+def spike_window(horizon: int, longest: int = SPIKE_WINDOW) -> int:
+    """Steps that a spike is judged by: `longest`, or a tenth of the horizon where that is less, and
+    `SHORT_WINDOW` at least."""
+    return min(longest, max(SHORT_WINDOW, horizon // 10))
+
+
+def spike_score(
+    values: np.ndarray[Any, np.dtype[np.float64]], found: np.ndarray[Any, np.dtype[np.bool_]], window: int
+) -> float:
+    """Share of `values` that are spikes, where `found = spikes(values, window=window)`.
+
+    The finite values of the first window cannot be any and are not counted. NaN where none can be.
+    """
+    finite = int(np.isfinite(values).sum())
+    counted = max(finite - window, 0) + len(values) - finite
+    return int(found.sum()) / counted if counted else math.nan
+
+
+def rises(values: np.ndarray[Any, np.dtype[np.float64]], rise: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which values lie more than `rise` above the lowest up to there. One that is not finite does."""
+    lost = ~np.isfinite(values)
+    lowest = np.minimum.accumulate(np.where(lost, math.inf, values))
+    found: np.ndarray[Any, np.dtype[np.bool_]] = lost | (values > lowest + rise)
+    return found
+
+
+def spread(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
+    """Standard deviation of the changes from one value to the next, over √2: that of the values, where
+    they are independent about a slow trend (von Neumann 1941). NaN below three finite values."""
+    changes = np.diff(values[np.isfinite(values)])
+    return float(changes.std(ddof=1) / math.sqrt(2)) if len(changes) > 1 else math.nan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,16 @@ def test_imports_go_one_way(rule):
         [sys.executable, "-c", code, *modules(names)], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert not forbidden & set(done.stdout.split())
+
+
+def test_every_package_is_installed():
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for top in ("mmsweep", "trainers", "analysis")
+        for path in (ROOT / top).rglob("__init__.py")
+    }
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(found)
 
 
 def test_the_readme_s_grid_expands(tmp_path):

@@ -84,7 +84,7 @@ FIGURES = (
     Spec("f2_qkv", "Q, K and V", "σ_max of W_Q, W_K, W_V and their product.", f2_qkv, ("heads",)),
     Spec("f3", "Assignments", "Which matrices each arm keeps on which manifold.", f3, ("config",)),
     Spec("f4", "Paired differences", "Final loss of each arm minus a reference, by seed.", f4, ("evals",)),
-    Spec("f5", "Time to divergence", "Share of runs still stable over steps.", f5, ("evals",)),
+    Spec("f5", "Runs still stable", "Share of runs still stable over steps.", f5, ("evals",)),
     Spec("f6", "Learning rates", "Final loss and unstable runs by learning rate.", f6, ("evals", "axes")),
     Spec("f7", "Rate and decay", "Final loss by learning rate and weight decay.", f7, ("evals", "axes")),
     Spec("f8", "Spectra by layer", "σ_max by layer and step.", f8, ("spectra",)),

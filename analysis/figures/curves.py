@@ -319,16 +319,14 @@ def _loss_panel(ax: Any, groups: Sequence[Group], frames: Frames) -> None:
     low, high = _loss_limits(groups)
     ax.set_ylim(low, high)
     for group in groups:
-        firsts = sorted(step for step in group.first_bad.values() if step is not None)
-        half = math.ceil(len(group.first_bad) / 2)
-        turned = firsts[half - 1] if len(firsts) >= half else None
         for run_id, bad in group.first_bad.items():
             series = group.values[run_id].dropna()
             line(ax, series, group.style, bad, width=0.8, alpha=0.55)
             cross(ax, series, bad, high, group.style.colour)
-        line(ax, group.median, group.style, turned, width=1.9)
+        line(ax, group.median, group.style, group.turned, width=1.9)
     to_horizon(ax, frames)
-    direct_labels(ax, [(g.end, f"{named(g)} {g.end:.3f}", g.style.colour) for g in groups])
+    ends = [(group, "diverged" if group.diverged else f"{group.end:.3f}") for group in groups]
+    direct_labels(ax, [(group.end, f"{named(group)} {said}", group.style.colour) for group, said in ends])
     return None
 
 
@@ -374,9 +372,7 @@ def _zoom_panel(ax: Any, groups: Sequence[Group]) -> None:
 
 def _zoomed(groups: Sequence[Group]) -> tuple[list[Group], str]:
     """The groups of the zoomed panel, and what they are in words. Some may not have come so far yet."""
-    finite = [
-        group for group in groups if math.isfinite(group.median.iloc[-1] if len(group.median) else math.inf)
-    ]
+    finite = [group for group in groups if len(group.result) and not group.diverged]
     reach = ZOOM_FROM * max((group.median.index.max() for group in finite), default=0)
     finite = [group for group in finite if group.median.index.max() >= reach]
     stable = [group for group in finite if not group.unstable]

@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from analysis.load import Frames
 from analysis.tables import three_digits
 from analysis.theme import AFTER_BAD, INK, MUTED, VARIANTS, About, Style, arm_styles, direct_labels
-from trainers.records import FINISHED
+from trainers.records import COMPLETED, DIVERGED, FINISHED, PENDING, RUNNING
 
 MOST_POINTS = 600
 """Of a drawn curve; of longer ones the lowest and the highest point of each stretch are kept."""
@@ -29,6 +29,9 @@ WIDTH = 10.8
 
 LOG_FROM = 8.0
 """A panel turns to a log scale when its values span more than this factor."""
+
+TRAINING = "training"
+LOST = "lost"
 
 
 class NoDataError(Exception):
@@ -46,18 +49,39 @@ class Group:
 
     @property
     def median(self) -> pd.Series[float]:
-        """Over the seeds, where all that still train have a value; a run that ended early counts as +inf."""
-        filled = self.values.copy()
-        for run in self.runs.itertuples():
-            if run.run_id in filled and run.status in FINISHED:
-                last = filled[run.run_id].last_valid_index()
-                filled.loc[filled.index > (-1 if last is None else last), run.run_id] = math.inf
-        return filled.dropna().median(axis=1)
+        """Over the seeds that have a value at a step. One that diverged counts as +inf after its end, one
+        that the machine lost counts up to its end.
+
+        Once a run has completed, those that still train count as far as they have come. Before, the median
+        goes no further than all of these have come: beyond, diverged runs would outweigh those under way.
+        """
+        counted = self.values.copy()
+        for run in self._in(DIVERGED):
+            last = counted[run].last_valid_index()
+            counted.loc[counted.index > (-1 if last is None else last), run] = math.inf
+        goes_on = counted.bfill().notna()
+        if not self._in(COMPLETED):
+            goes_on[self._in(TRAINING)] = True
+        return counted[(counted.notna() | ~goes_on).all(axis=1)].median(axis=1).dropna()
+
+    @property
+    def result(self) -> pd.Series[float]:
+        """The median of the finished runs alone. That of all, where none has finished, and while none has
+        completed and some still train."""
+        finished = self._in(COMPLETED, DIVERGED)
+        if not finished or (self._in(TRAINING) and not self._in(COMPLETED)):
+            return self.median
+        return replace(self, values=self.values[finished]).median
+
+    @property
+    def diverged(self) -> bool:
+        """The result ends at +inf."""
+        return len(self.result) > 0 and math.isinf(self.result.iloc[-1])
 
     @property
     def end(self) -> float:
-        """Last finite value of the median, else of any run."""
-        for frame in (self.median.to_frame(), self.values):
+        """Last finite value of the result, else of any run."""
+        for frame in (self.result.to_frame(), self.values):
             finite = finite_values([frame])
             if len(finite):
                 return float(finite[-1])
@@ -70,8 +94,30 @@ class Group:
         return {str(run): None if pd.isna(steps[run]) else int(steps[run]) for run in self.values}
 
     @property
+    def turned(self) -> int | None:
+        """Step by which half of the runs, of those that the machine has not lost, had a bad evaluation."""
+        bad = self.first_bad
+        counted = [bad[run] for run in self._in(COMPLETED, DIVERGED, TRAINING)]
+        steps = sorted(step for step in counted if step is not None)
+        half = math.ceil(len(counted) / 2)
+        return steps[half - 1] if 0 < half <= len(steps) else None
+
+    @property
     def unstable(self) -> int:
         return int(self.runs["unstable"].fillna(False).sum())
+
+    def _in(self, *states: str) -> list[str]:
+        """Ids of the runs in these states (`state_of`), of those with a column."""
+        own = self.runs[["run_id", "status", "final_val_loss"]].itertuples(index=False)
+        return [run for run, *facts in own if run in self.values and state_of(*facts) in states]
+
+
+def state_of(status: str, final: float) -> str:
+    """COMPLETED, or DIVERGED where a finished run has no finite final loss, as in T1; TRAINING, which is to
+    say that it may still finish; or LOST by the machine."""
+    if status in FINISHED:
+        return DIVERGED if final == math.inf else COMPLETED
+    return TRAINING if status in (PENDING, RUNNING) else LOST
 
 
 def groups_of(frames: Frames, long: pd.DataFrame, column: str) -> list[Group]:

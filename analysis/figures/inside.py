@@ -32,6 +32,7 @@ from analysis.figures.drawing import (
 )
 from analysis.load import Frames
 from analysis.theme import HEAT, INK, MUTED, ON_DARK, Style, arm_styles, look
+from trainers.records import FINISHED
 
 SHOWN = 8
 """Arms (and cells) that F8 has room for: those whose σ_max grows largest."""
@@ -80,7 +81,7 @@ def f8(frames: Frames) -> Figure:
         caption = (
             "F8. Largest singular value σ_max by layer (0 is next to the embedding) and optimizer step: the "
             "maximum over the matrices of the layer, the median over the seeds that still train. "
-            "× and line: median first bad evaluation. "
+            "× and line: median first bad evaluation of the finished runs. "
             + (f"The {len(labels)} that grow largest; {rest} others not shown. " if rest else "")
             + f"{counted(frames, by_label)}."
         )
@@ -95,9 +96,10 @@ def _largest(frames: Frames, data: pd.DataFrame) -> list[str]:
 
 
 def _first_bad(frames: Frames, label: str) -> float:
-    """Median over the runs of a label, a stable one as +inf."""
-    firsts = frames.runs.loc[frames.runs["label"] == label, "first_bad"]
-    return float(np.median([math.inf if pd.isna(f) else float(f) for f in firsts]))
+    """Median over the finished runs of a label, a stable one as +inf; +inf before one has finished."""
+    finished = frames.runs[(frames.runs["label"] == label) & frames.runs["status"].isin(FINISHED)]
+    firsts = [math.inf if pd.isna(first) else float(first) for first in finished["first_bad"]]
+    return float(np.median(firsts)) if firsts else math.inf
 
 
 def _horizon(frames: Frames) -> int:

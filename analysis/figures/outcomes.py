@@ -1,8 +1,9 @@
-"""What came out: paired differences (F4), time to divergence (F5), effects of each setting (F11)."""
+"""What came out: paired differences (F4), runs still stable (F5), effects of each setting (F11)."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import survival
+from analysis.contrasts import trained
 from analysis.figures.drawing import (
     NoDataError,
     beside,
@@ -31,6 +33,8 @@ from analysis.theme import INK, VARIANTS, Style, arm_styles, look
 FAR = 6.0
 """A difference this many times the median one is drawn as an arrow at the edge, and so is a far one of an
 unstable arm, so that one arm that fails does not hide the others."""
+MODULE_FACTOR = re.compile(r"assignment\.(\w+)\.(manifold|optimizer)")
+"""Keys of a config that F11 takes for factors, beside the axes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +172,7 @@ def _said(row: Row) -> str:
 
 
 def f5_data(frames: Frames) -> pd.DataFrame:
-    """One row per label: `k` of `n` watched runs diverged; `survival` at the end of its curve, with its
+    """One row per label: `k` of `n` watched runs are unstable; `survival` at the end of its curve, with its
     interval; `run_ids`."""
     ends = survival.curves(frames)
     watched = survival.times(frames)
@@ -203,15 +207,15 @@ def f5(frames: Frames) -> Figure:
     caption = (
         "F5. Share of runs still stable (Kaplan–Meier) against optimizer steps; it falls at the first bad "
         "evaluation. + censored: the end of a stable run, or a run that the machine lost. Band: 95% "
-        "interval, of arms in which a run diverged; arms in which none did lie on 1. Right: the share at "
-        f"the end with its 95% interval, and diverged of watched runs. {counted(frames, by_label)}."
+        "interval, of arms with an unstable run; arms without lie on 1. Right: the share at "
+        f"the end with its 95% interval, and unstable of watched runs. {counted(frames, by_label)}."
     )
     with look():
         figure, left, right = _survival_canvas(data)
         styles = _styles(frames, data)
         _survival_curves(left, curves, styles, frames)
         _survival_ends(right, data, styles)
-        return described(figure, "F5. Time to divergence", caption, [r for v in by_label.values() for r in v])
+        return described(figure, "F5. Runs still stable", caption, [r for v in by_label.values() for r in v])
 
 
 def _styles(frames: Frames, data: pd.DataFrame) -> dict[str, Style]:
@@ -272,57 +276,56 @@ def _survival_ends(ax: Any, data: pd.DataFrame, styles: dict[str, Style]) -> Non
         style = styles[row["label"]]
         ax.plot([row["low"], row["high"]], [-i, -i], color=style.colour, lw=1.8, solid_capstyle="butt")
         ax.plot([row["survival"]], [-i], marker=style.marker, ms=6.5, color=style.colour, clip_on=False)
-        beside(ax, -i, f"{row['k']}/{row['n']} diverged", at=1.04)
+        beside(ax, -i, f"{row['k']}/{row['n']} unstable", at=1.04)
 
 
 def f11_data(frames: Frames) -> pd.DataFrame:
     """Effect of each setting: one row per factor, level and seed.
 
-    A factor is the manifold or the optimizer of a kind of module, or an axis of the grid. Two runs are
-    matched that differ in one factor alone and share the seed; `difference` is the loss at `level` minus
-    the loss at `base`, the mean over a seed's matched pairs of which both are finite. `base` is the level
-    with the most pairs, the first of the grid among equals. `pairs` and `lost` count the finite ones and
-    those in which a run diverged.
+    A factor is the manifold or the optimizer of a kind of module, or an axis of the grid. Two runs of a grid
+    are matched that share the seed and whose configs differ in the factor alone; `difference` is the loss
+    at `level` minus the loss at `base`, the mean over a seed's matched pairs of which both are finite.
+    `base` is the level with the most pairs, the first of the grid among equals. `pairs` and `lost` count
+    the finite ones and those in which a run diverged.
     """
-    settings = _settings(frames)
-    factors = [f for f in settings.columns if settings[f].nunique() > 1]
-    done = frames.runs[frames.runs["final_val_loss"].notna()].drop_duplicates("run_id")
     columns = ["factor", "level", "base", "seed", "difference", "pairs", "lost", "run_ids"]
-    if settings.empty or done.empty or not factors:
-        return pd.DataFrame(columns=columns)
-    long = done[["run_id", "seed", "final_val_loss"]].merge(settings, left_on="run_id", right_index=True)
-    parts = [_effects(long, factor, [f for f in factors if f != factor]) for factor in factors]
-    return pd.concat(parts, ignore_index=True).reindex(columns=columns)
+    done = frames.runs[frames.runs["final_val_loss"].notna()]
+    rows = [row for factor, runs in _by_factor(frames, done).items() for row in _effects(factor, runs)]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def _settings(frames: Frames) -> pd.DataFrame:
-    """By run, the level of every factor as text."""
-    rows = {}
-    for run in frames.runs.drop_duplicates("run_id").to_dict("records"):
-        config = (frames.configs.get(run["run_id"]) or {}).get("config") or {}
-        row = {}
-        for kind, module in (config.get("assignment") or {}).items():
-            row[f"{kind} manifold"] = str(module.get("manifold", ""))
-            row[f"{kind} optimizer"] = str(module.get("optimizer", ""))
-        row |= {path: plain(run[path]) for path in frames.axes}
-        if row:
-            rows[run["run_id"]] = row
-    return pd.DataFrame.from_dict(rows, orient="index")
+def _by_factor(frames: Frames, done: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """By factor, these runs with its `level` as text, and `alike`: equal where all but the factor is."""
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for _, runs in done.groupby(["family", "label"], sort=False):
+        cell, config = runs.iloc[0], trained(frames, runs)
+        levels: list[tuple[str, str, object]] = []
+        for path, level in config.items():
+            if found := MODULE_FACTOR.fullmatch(path):
+                rest = {other: value for other, value in config.items() if other != path}
+                levels.append((" ".join(found.groups()), str(level), (cell["family"], sorted(rest.items()))))
+        for path in frames.axes:  # which may set several keys: the arm stands for all that no axis sets
+            others = [plain(cell[other]) for other in frames.axes if other != path]
+            levels.append((path, plain(cell[path]), (cell["grid"], cell["arm"], others)))
+        own = runs[["run_id", "seed", "final_val_loss"]]
+        for factor, level, alike in levels:
+            parts.setdefault(factor, []).append(own.assign(level=level, alike=repr(alike)))
+    return {factor: pd.concat(own, ignore_index=True) for factor, own in parts.items()}
 
 
-def _effects(long: pd.DataFrame, factor: str, others: list[str]) -> pd.DataFrame:
-    both = long.merge(long, on=["seed", *others], suffixes=("", "_base"))
-    both = both[both[factor] != both[f"{factor}_base"]]
+def _effects(factor: str, runs: pd.DataFrame) -> list[dict[str, Any]]:
+    both = runs.merge(runs, on=["seed", "alike"], suffixes=("", "_base"))
+    both = both[both["level"] != both["level_base"]].drop_duplicates(["run_id", "run_id_base"])
     if both.empty:
-        return pd.DataFrame()
-    order = list(dict.fromkeys(long[factor]))
-    counts = both[f"{factor}_base"].value_counts()
+        return []
+    order = list(dict.fromkeys(runs["level"]))
+    counts = both["level_base"].value_counts()
     base = max(order, key=lambda level: (counts.get(level, 0), -order.index(level)))
-    both = both[both[f"{factor}_base"] == base]
+    both = both[both["level_base"] == base]
     with np.errstate(invalid="ignore"):
         both = both.assign(difference=both["final_val_loss"] - both["final_val_loss_base"])
     rows = []
-    for (level, seed), pairs in both.groupby([factor, "seed"], sort=False):
+    for (level, seed), pairs in both.groupby(["level", "seed"], sort=False):
         finite = pairs.loc[np.isfinite(pairs["difference"]), "difference"]
         rows.append(
             {
@@ -336,7 +339,7 @@ def _effects(long: pd.DataFrame, factor: str, others: list[str]) -> pd.DataFrame
                 "run_ids": " ".join(dict.fromkeys([*pairs["run_id"], *pairs["run_id_base"]])),
             }
         )
-    return pd.DataFrame(rows)
+    return rows
 
 
 def f11(frames: Frames) -> Figure:

@@ -213,7 +213,7 @@ def f7_data(frames: Frames) -> pd.DataFrame:
 
 
 def f7(frames: Frames) -> Figure:
-    """Heat maps of the final loss over learning rate and decay, one per arm, hatched where runs diverged.
+    """Heat maps of the final loss over learning rate and decay, one per arm, hatched where runs are unstable.
 
     Raises:
         NoDataError: see `f7_data`.

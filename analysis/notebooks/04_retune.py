@@ -67,7 +67,10 @@ show(search.calm_settings(frames), empty="no run has finished")
 # %% [markdown]
 # ## Winners
 #
-# The best of many settings is lucky too, so only *on fresh seeds* says how good it is.
+# The best of many settings is lucky too, so only *on fresh seeds* says how good it is: runs of the same
+# settings on other seeds, from all grids of the store. `05_search` writes a grid for them.
 
 # %%
-show(tables.t3_text(frames, tables.t3(frames)), empty="no arm has two settings with finished runs")
+whole = read(STORE, kinds=()) if GRID else frames
+winners = tables.t3(frames, whole)
+show(tables.t3_text(frames, winners), empty="no arm has two settings with finished runs")

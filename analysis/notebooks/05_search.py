@@ -10,7 +10,7 @@
 # %%
 import os
 
-from analysis import figures
+from analysis import figures, tables
 from analysis.notebooks import missing, read, search, show
 from trainers.errors import InputError
 
@@ -57,7 +57,8 @@ else:
 # ## Run the best again
 #
 # The first of many are there by luck too: before any claim, run them on seeds that had no part in the
-# choice. Save this as a grid file, set its `resources`, and launch it into the same store.
+# choice. Save this as a grid file, set its `resources`, and launch it into the same store. Do not add its
+# seeds to the searched grid: all of that grid's count as searched.
 
 # %%
 finite = ranking[ranking["final_median"] < float("inf")]
@@ -66,3 +67,13 @@ if finite.empty:
 else:
     best = [str(label) for label in finite["label"][:3]]
     print(search.rerun_grid(frames, best, seeds=search.fresh_seeds(frames, 5), name="rerun"))
+
+# %% [markdown]
+# ## What fresh seeds say
+#
+# The best setting of each arm. *On fresh seeds* is filled by the runs of that grid, as they finish.
+
+# %%
+whole = read(STORE, kinds=()) if GRID else frames
+winners = tables.t3(frames, whole)
+show(tables.t3_text(frames, winners), empty="no arm has two settings with finished runs")

@@ -8,6 +8,7 @@
 # in docs/export.md.
 
 # %%
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -19,7 +20,7 @@ from analysis import tables, theme
 from analysis.figures import NoDataError
 from analysis.figures.drawing import plain_decades
 from analysis.notebooks import read, show
-from analysis.stats import paired_t, paired_t_p
+from analysis.stats import median, paired_t, paired_t_p
 from trainers.records import KINDS
 
 STORE = os.environ.get("MMSWEEP_STORE", "results")
@@ -52,30 +53,34 @@ show(joined.groupby("arm", observed=True).tail(1), empty="no run has spectra at 
 # ## A statistic of one's own
 #
 # One number per run, then differences of runs that share everything but the arm (`family` and `seed`), with
-# their 95% t interval. Here: the mean validation loss over the second half of the schedule.
+# their 95% t interval. Here: the mean validation loss over the second half of the schedule. Runs that still
+# train have no number; a run that diverged has ∞, and its pair counts as `lost`.
 
 
 # %%
-def late_loss(evals: pd.DataFrame) -> "pd.Series[float]":
-    """Mean validation loss of each run after half of its steps (nats per token)."""
-    half = evals["step"] >= evals.groupby("run_id", observed=True)["step"].transform("max") / 2
-    return evals[half].groupby("run_id", observed=True)["val_loss"].mean()
+def late_loss(runs: pd.DataFrame, evals: pd.DataFrame) -> "pd.Series[float]":
+    """Of each run, the mean validation loss over the second half of its planned steps (nats per token):
+    +inf where it diverged, NaN where it has not finished."""
+    half = runs.drop_duplicates("run_id").set_index("run_id")["horizon"] / 2
+    late = evals[evals["step"] >= evals["run_id"].astype(str).map(half)].fillna({"val_loss": math.inf})
+    means = late.groupby("run_id", observed=True)["val_loss"].mean()
+    final = runs["final_val_loss"]
+    return runs["run_id"].astype(str).map(means).where(final.abs() < math.inf, final)
 
 
-late = late_loss(frames.evals).to_dict()
-runs = frames.runs.assign(late=[late.get(run_id, float("nan")) for run_id in frames.runs["run_id"]])
+runs = frames.runs.assign(late=late_loss(frames.runs, frames.evals))
 reference = frames.arms[0]
 pairs = runs.merge(runs[runs["arm"] == reference], on=["family", "seed"], suffixes=("", "_reference"))
-pairs["difference"] = pairs["late"] - pairs["late_reference"]
+pairs = pairs.dropna(subset=["late", "late_reference"])
 rows = []
 for label, own in pairs[pairs["arm"] != reference].groupby("label", sort=False):
-    values = [float(d) for d in own["difference"] if abs(d) < float("inf")]
+    values = [d for d in own["late"] - own["late_reference"] if math.isfinite(d)]
     found = paired_t(values)
-    bounds = {"difference_low": found.low, "difference_high": found.high}
-    rows.append({"label": label, "difference": found.estimate} | bounds)
-    rows[-1] |= {"pairs": found.n, "p": paired_t_p(values), "no number": len(own) - found.n}
+    row = {"label": label, "median": median(own["late"]), "difference": found.estimate}
+    row |= {"difference_low": found.low, "difference_high": found.high, "pairs": found.n}
+    rows.append(row | {"p": paired_t_p(values), "lost": len(own) - found.n})
 compared = pd.DataFrame(rows)
-show(compared, empty=f"no arm beside {reference} has runs")
+show(compared, empty=f"no arm beside {reference} has finished runs")
 
 # %% [markdown]
 # ## A figure of one's own

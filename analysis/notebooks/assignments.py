@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pandas as pd
 
 from analysis.contrasts import assigned, flat
@@ -52,8 +53,9 @@ def interactions(frames: Frames) -> pd.DataFrame:
     """A row for every two assignments of attention and two of the MLP that are crossed.
 
     `interaction` (nats per token): the mean over seeds of (attention b - attention a, under MLP b) -
-    (the same under MLP a), with its 95% t interval, over the `n` seeds (and axis cells) in which all four
-    runs have a finite loss; `lost` counts those in which one of the four diverged.
+    (the same under MLP a), with its 95% t interval. A seed counts once, with its mean over the grids and
+    axis cells in which all four runs have finished: its cells share weights and data. `n` seeds have a
+    finite mean; in the others, `lost`, one of those runs diverged.
     """
     done = _finished(frames)
     keys = ["cell", "seed", "attention", "MLP"]
@@ -66,12 +68,13 @@ def interactions(frames: Frames) -> pd.DataFrame:
     ):
         if not all(pair in cells for pair in ((a, c), (a, d), (b, c), (b, d))):
             continue
-        four = cells[[(b, d), (a, d), (b, c), (a, c)]].dropna().to_numpy(dtype=float)
-        values = [float((w - x) - (y - z)) for w, x, y, z in four if math.isfinite(w + x + y + z)]
-        found = paired_t(values)
+        four = cells[[(b, d), (a, d), (b, c), (a, c)]].dropna()
+        each = four.mul([1, -1, -1, 1]).sum(axis=1).mask(four.isin([math.inf]).any(axis=1), math.inf)
+        by_seed = each.groupby("seed").mean()
+        found = paired_t(by_seed[np.isfinite(by_seed)].tolist())
         row = {"attention": f"{b} − {a}", "MLP": f"{d} − {c}", "interaction": found.estimate}
         row |= {"interaction_low": found.low, "interaction_high": found.high, "n": found.n}
-        rows.append(row | {"lost": len(four) - found.n})
+        rows.append(row | {"lost": len(by_seed) - found.n})
     columns = ["attention", "MLP", "interaction", "interaction_low", "interaction_high", "n", "lost"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -88,7 +91,7 @@ def interactions_text(table: pd.DataFrame) -> Text:
     )
     notes = (
         "Final validation loss, nats per token: what the change of attention does under the MLP's second "
-        "choice minus what it does under its first; mean over seeds with its 95% t interval. lost: seeds in "
-        "which one of the four runs diverged.",
+        "choice minus what it does under its first; mean over n seeds, of each its mean over the settings, "
+        "with the 95% t interval. lost: seeds in which one of the runs diverged.",
     )
     return Text(("attention", "MLP", "interaction", "n", "lost"), rows, (True, True, *(False,) * 3), notes)

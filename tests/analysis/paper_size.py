@@ -17,6 +17,7 @@ import pandas as pd
 from synthetic import ARMS
 
 from analysis.load import ENVELOPES, RUN_DTYPES, Frames, long_dtypes
+from analysis.stepwise import stepwise, stepwise_frame
 from trainers.config import RunConfig, run_id
 from trainers.records import KINDS
 from trainers.stability import judge
@@ -104,8 +105,14 @@ def paper_size(
     values: dict[str, Any] = {kind: _long(kind, parts[kind]) for kind in KINDS}
     values |= {"store": "memory", "grid": "paper", "description": "", "arms": tuple(arms), "axes": ()}
     values |= {"runs": pd.DataFrame(rows).astype(RUN_DTYPES)[list(RUN_DTYPES)], "notes": ()}
+    values |= {"stepwise": stepwise_frame({f["run_id"].iloc[0]: every_step(f) for f in parts["steps"]})}
     values |= {"verdicts": verdicts, "configs": configs, "states": states, "urls": {}, "stride": 1}
     return Frames(**{field.name: values[field.name] for field in fields(Frames)})
+
+
+def every_step(steps: pd.DataFrame) -> tuple[dict[str, Any], ...]:
+    """What `load` would take from these steps of one run, were they all."""
+    return stepwise(*(steps[name].to_numpy() for name in ("step", "loss", "grad_norm")), HORIZON)
 
 
 def _run_row(made: RunConfig, name: str, val: np.ndarray, verdict: Any) -> dict[str, Any]:

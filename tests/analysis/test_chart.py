@@ -70,7 +70,15 @@ def test_what_is_drawn_is_what_was_recorded(tmp_path, paper_frames):
     broken = Run("all_dgram", 0, [5.5, math.nan, math.inf], status="diverged")
     one = chart.data([load(write_store(tmp_path, [broken]))])
     assert one["metrics"]["val_loss"]["runs"][broken.run_id][1] == [5.5, None, None]
-    assert one["runs"][0]["ended"]
+    assert one["runs"][0]["state"] == "diverged"
+
+
+def test_the_chart_knows_how_each_run_ended(tmp_path):
+    ends = {"completed": curve(2.4), "failed": curve(2.4)[:3], "running": curve(2.4)[:3]}
+    runs = [Run("hetero", seed, losses, status=status) for seed, (status, losses) in enumerate(ends.items())]
+    runs.append(Run("hetero", 3, [*curve(2.4)[:-1], math.nan]))  # completed, without a result
+    found = chart.data([load(write_store(tmp_path, runs))])
+    assert [run["state"] for run in found["runs"]] == ["completed", "lost", "training", "diverged"]
 
 
 def test_of_several_grids_labels_carry_their_grid_and_a_run_stands_once(paper_frames):

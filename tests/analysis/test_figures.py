@@ -19,7 +19,7 @@ from synthetic import ARMS, Run, curve, grid_index, planted, write_store
 
 from analysis import figures, mechanism
 from analysis.figures import FIGURES
-from analysis.figures.drawing import MOST_POINTS, thinned
+from analysis.figures.drawing import MOST_POINTS, Group, thinned
 from analysis.load import load
 from analysis.tables import t1
 from analysis.theme import (
@@ -194,6 +194,58 @@ def test_the_median_counts_a_diverged_seed_as_infinite(tmp_path, good, bad, reac
     drawn = dict(xy for line in thick for xy in zip(*line.get_data(), strict=True) if math.isfinite(xy[1]))
     assert max(drawn) == reach
     assert drawn[25] == pytest.approx(statistics.median([2.5] * good + [2.7] * bad))
+
+
+BESIDE_A_LOST_RUN = {
+    "completed": ([3.1, 2.6, 2.4, 2.3], "2.300"),
+    "completed, behind": ([3.0, 2.5, 2.4, 2.3], "2.300"),
+    "completed, diverged": ([3.0, 2.7], "diverged"),
+    "diverged": ([3.1], "diverged"),
+    "diverged, ahead, ahead": ([3.0, 2.6, 2.4], "diverged"),
+    "running": ([3.1, 2.6, 2.4], "2.400"),
+    "running, behind": ([3.0, 2.5], "2.500"),
+    "running, running, diverged": ([3.0, 2.6, 2.4], "2.400"),
+}
+
+
+@pytest.mark.parametrize("others", BESIDE_A_LOST_RUN)
+def test_the_machine_s_losses_do_not_cut_the_median_and_the_label_is_a_result(tmp_path, others):
+    """One run failed at step 25 of 75. Of the others, `behind` has come as far and still trains, and `ahead`
+    failed at step 50."""
+    losses = {"completed": [3.0, 2.5, 2.4, 2.3], "running": [3.0, 2.5, 2.4], "behind": [3.0, 2.5]}
+    losses |= {"ahead": [3.0, 2.5, 2.4], "diverged": [3.0, math.nan]}
+    states = {"behind": "running", "ahead": "failed"}
+    runs = [Run("hetero", 9, [3.2, 2.7], status="failed", steps=75)]
+    for seed, status in enumerate(others.split(", ")):
+        runs.append(Run("hetero", seed, losses[status], status=states.get(status, status), steps=75))
+    left, right = figures.f1(load(write_store(tmp_path, runs))).axes
+    thick = [line for line in left.lines if line.get_linewidth() > 1.5 and line.get_marker() != "x"]
+    drawn = dict(xy for line in thick for xy in zip(*line.get_data(), strict=True) if math.isfinite(xy[1]))
+    medians, said = BESIDE_A_LOST_RUN[others]
+    assert drawn == pytest.approx({25 * i: loss for i, loss in enumerate(medians)})
+    assert [text.get_text() for text in left.texts] == [f"hetero {said}"]
+    assert (right.get_title(loc="left") == "Lowest 0 (none is stable), late steps") == (said == "diverged")
+
+
+def test_a_run_with_a_gap_leaves_one_in_the_median():
+    """A record at a step of one run alone, as the last of a run that diverged, is no median of the seeds."""
+    runs = pd.DataFrame({"run_id": ["a", "b"], "status": "completed", "final_val_loss": 2.0})
+    values = pd.DataFrame({"a": [3.0, math.nan, 2.0], "b": [3.2, 99.0, 2.2]}, index=[0, 7, 25])
+    group = Group("hetero", arm_styles(["hetero"])["hetero"], runs, values)
+    assert group.median.to_dict() == pytest.approx({0: 3.1, 25: 2.1})
+
+
+def test_lost_runs_do_not_tell_when_an_arm_turned(tmp_path):
+    """Two runs of three turn at 100 and 200; four stable ones were lost early."""
+    bad = [[4.0] * n + [9.0] * (13 - n) for n in (4, 8)]
+    runs = [Run("hetero", s, losses) for s, losses in enumerate([*bad, curve(2.4)])]
+    runs += [Run("hetero", 10 + s, curve(2.4)[:3], status="failed") for s in range(4)]
+    frames = load(write_store(tmp_path, runs))
+    left = figures.f1(frames).axes[0]
+    thick = [line for line in left.lines if line.get_linestyle() == "--" and line.get_linewidth() > 1.5]
+    assert [line.get_xdata().min() for line in thick] == [200]
+    attention = figures.f8(frames).axes[0]
+    assert [line.get_xdata()[0] for line in attention.lines if line.get_marker() == "x"] == [200]
 
 
 def test_names_are_drawn_as_they_are_and_never_parsed(tmp_path):
@@ -494,7 +546,9 @@ def test_f5_is_kaplan_and_meier_s_estimate(paper, drawn):
     ]
     assert line.get_xdata().tolist() == [0, 16_000, 17_000, 18_000]
     assert line.get_ydata() == pytest.approx([1, 2 / 3, 1 / 3, 0])
-    assert [t.get_text() for t in right.texts] == [f"{3 * (arm in BAD)}/3 diverged" for arm in ARMS]
+    assert [t.get_text() for t in right.texts] == [f"{3 * (arm in BAD)}/3 unstable" for arm in ARMS]
+    assert paper.runs["final_val_loss"].map(math.isfinite).all()  # unstable, and none diverged
+    assert "diverged" not in drawn["f5"].about.caption
 
 
 def test_f6_shows_medians_and_marks_what_diverged(retune):
@@ -594,6 +648,28 @@ def test_f11_compares_runs_that_differ_in_one_setting(paper, retune):
     decays = figures.f11_data(retune)
     decays = decays[(decays["factor"] == DECAY) & (decays["seed"] == 0)].iloc[0]
     assert (decays["difference"], decays["pairs"], decays["lost"]) == (pytest.approx(-0.05), 5, 1)
+
+
+def test_f11_leaves_out_runs_that_differ_in_more_and_those_of_another_grid(tmp_path, modular_frames):
+    """Arms with another decay or rate have no partner, an axis has those of its own arm alone."""
+    data = figures.f11_data(modular_frames)
+    arms = modular_frames.runs.set_index("run_id")["arm"]
+    found = {(row.factor, arms[run]) for row in data.itertuples() for run in row.run_ids.split()}
+    assert {arm for factor, arm in found if factor == "attn optimizer"} == {
+        *("baseline", "muon_all", "muon_attention", "muon_ffn")
+    }
+    assert not {"stiefel_all_decay", "baseline_no_decay"} & {arm for _, arm in found}
+    assert set(data.loc[data["factor"] == "attn manifold", "pairs"]) == {2}
+
+    both = [Run("hetero", 0, curve(2.4)), Run("hetero_inv", 0, curve(2.6))]
+    slow = {"optimizer": {"muon": {"lr": 0.001}}}
+    both.append(Run("all_stiefel", 0, curve(2.5), overrides=slow))
+    assert figures.f11_data(load(write_store(tmp_path / "rate", both))).empty
+    apart = [Run("hetero", 0, curve(2.4)), Run("all_stiefel", 0, curve(2.5))]
+    store = write_store(tmp_path / "grids", apart, index=grid_index(apart[:1]))
+    assert figures.f11_data(load(store)).empty
+    store.put_grid("other", "", grid_index(apart, name="other"))
+    assert len(figures.f11_data(load(store))) == 1
 
 
 def test_f12_pairs_within_a_size(ladder):

@@ -2,13 +2,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from synthetic import Run, curve, grid_index, planted, write_store
 
 from analysis.hypotheses import (
@@ -27,11 +24,9 @@ from analysis.hypotheses import (
     comparisons_text,
     frame,
     measures,
-    spike_score,
-    spread,
 )
 from analysis.load import load
-from analysis.stats import Interval
+from analysis.stats import Interval, spread
 
 QUICK = {"steps": 100, "every": 50, "norms": {}}
 
@@ -295,62 +290,6 @@ def test_a_seed_counts_once_over_axis_cells(tmp_path):
     h5 = answers(load(write_store(tmp_path, runs, index=index)))[4]
     found = one(h5, "stiefel_all_decay", "stiefel_all").difference
     assert (found.n, found.estimate) == (2, pytest.approx(0.7))
-
-
-def naive_spike_score(losses, window):
-    spikes, counted = 0, 0
-    before = []
-    for loss in losses:
-        if not math.isfinite(loss):
-            spikes, counted = spikes + 1, counted + 1
-            continue
-        if len(before) >= window:
-            last = before[-window:]
-            mean = math.fsum(last) / window
-            sd = math.sqrt(math.fsum((x - mean) ** 2 for x in last) / window)
-            counted += 1
-            spikes += loss > mean and loss >= mean + 7 * sd
-        before.append(loss)
-    return spikes / counted if counted else math.nan
-
-
-@given(st.data(), st.sampled_from([100, 200, 500]), st.integers(0, 2**16))
-def test_the_spike_score_is_that_of_a_plain_loop(data, horizon, seed):
-    noise = np.random.default_rng(seed).standard_normal(data.draw(st.integers(0, horizon)))
-    losses = 3 + 0.01 * noise
-    places = st.tuples(st.integers(0, max(len(losses) - 1, 0)), st.sampled_from([0.04, 0.2, 5.0, math.nan]))
-    for place, rise in data.draw(st.lists(places, max_size=6)) if len(losses) else ():
-        losses[place] += rise
-    expected = naive_spike_score(losses.tolist(), max(20, horizon // 10))
-    assert spike_score(losses, horizon) == pytest.approx(expected, nan_ok=True)
-
-
-def test_the_spike_window_is_a_thousand_in_a_long_run_and_blocks_change_nothing():
-    losses = 3 + 0.01 * np.random.default_rng(0).standard_normal(5200)
-    losses[[500, 1100, 5095, 5096, 5199]] += 0.2
-    expected = naive_spike_score(losses.tolist(), 1000)
-    assert expected == 4 / 4200
-    assert spike_score(losses, 50_000) == expected
-
-
-def test_a_loss_that_never_moves_has_no_spikes():
-    assert spike_score(np.full(300, 0.1), 300) == 0
-    assert math.isnan(spike_score(np.full(10, 0.1), 300))
-
-
-@given(st.floats(-2, 2), st.floats(0.1, 9), st.integers(0, 2**16))
-def test_spread_is_of_the_noise_and_not_of_the_trend(slope, scale, seed):
-    noise = np.random.default_rng(seed).standard_normal(50)
-    trend = slope * np.arange(50)
-    assert spread(trend + scale * noise) == pytest.approx(scale * spread(noise), rel=1e-6)
-    changes = [b - a for a, b in pairwise(noise)]
-    assert spread(noise) == pytest.approx(math.sqrt(np.var(changes, ddof=1) / 2))
-
-
-def test_spread_of_independent_values_is_their_standard_deviation():
-    noise = 0.3 * np.random.default_rng(0).standard_normal(100_000)
-    assert spread(noise) == pytest.approx(0.3, rel=0.02)
-    assert math.isnan(spread(noise[:2]))
 
 
 def test_the_first_tenth_of_the_steps_is_no_spread(tmp_path):

@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -13,11 +15,22 @@ from hypothesis import strategies as st
 from synthetic import Run, curve, grid_index, paper_like, write_run, write_store
 
 from analysis import versions
+from analysis.hypotheses import measures
 from analysis.load import RUN_DTYPES, load, long_dtypes, thinned
+from analysis.mechanism import crossings
+from analysis.tables import t1
 from mmsweep.grid import INDEX_SCHEMA
 from mmsweep.store import RunStore, open_store
 from trainers.errors import InputError
-from trainers.records import KINDS, AttentionRecord, EvalRecord, FlowRecord, HeadRecord, PartWriter
+from trainers.records import (
+    KINDS,
+    AttentionRecord,
+    EvalRecord,
+    FlowRecord,
+    HeadRecord,
+    PartWriter,
+    StepRecord,
+)
 from trainers.stability import judge
 
 
@@ -302,6 +315,28 @@ def test_several_stores_are_one_sweep(tmp_path):
         load([first, str(tmp_path / "nowhere")])
 
 
+def test_pairs_are_of_one_store_where_two_hold_the_same_seeds(tmp_path):
+    """Of other data, say: what is not the same but for the arm is no pair."""
+    arms, stores = ("hetero", "unconstrained"), []
+    for place, digest in (("first", "sha256:1"), ("second", "sha256:2")):
+        runs = [
+            Run(arm, seed, curve(2.4 + seed), overrides={"data": {"digest": digest}})
+            for arm in arms
+            for seed in (0, 1)
+        ]
+        stores.append(write_store(tmp_path / place, runs, index=grid_index(runs)))
+    table = t1(load(stores))
+    assert table.loc[table["arm"] == "hetero", "minus_unconstrained_pairs"].tolist() == [4]
+
+
+def test_a_run_that_ended_as_diverged_is_unstable_whatever_its_evaluations_say(tmp_path):
+    calm = Run("hetero", 0, curve(2.4), status="diverged")
+    frames = load(write_store(tmp_path, [calm, Run("hetero", 1, curve(2.4))]))
+    assert frames.runs["unstable"].tolist() == [True, False]
+    assert t1(frames)["n_unstable"].tolist() == [1]
+    assert frames.notes == (f"{calm.run_id}: it ended as diverged and its evaluations do not say so",)
+
+
 def test_several_grids_by_name(tmp_path):
     runs = [Run("hetero", seed, curve(2.4)) for seed in range(3)]
     store = write_store(tmp_path, runs, index=grid_index(runs[:1], name="a"))
@@ -451,6 +486,54 @@ def test_many_steps_are_thinned_and_no_spike_is_lost(tmp_path):
     assert frames.verdicts[runs[1].run_id].first_bad == 777
     assert load(store, step_rows=2_000).stride == 1
     assert load(store, step_rows=1_999).stride == 2
+
+
+def noisy_run(seed: int, status: str = "completed") -> Run:
+    """2,000 steps with noise, the loss up .6 from step 1,501 on, and a high gradient norm at step 1,001."""
+    noise = np.random.Generator(np.random.Philox(seed))
+    losses = 3 + 0.15 * noise.standard_normal(2_000) + 0.6 * (np.arange(2_000) >= 1_500)
+    norms = np.exp(0.2 * noise.standard_normal(2_000))
+    norms[1_000] = 4.0
+    steps = {"steps": 2_000, "every": 500, "step_losses": losses, "step_grads": norms}
+    return Run("baseline", seed, curve(3.0, n=5), status=status, **steps)
+
+
+def test_what_takes_every_step_does_not_depend_on_how_many_are_kept(tmp_path):
+    runs = [noisy_run(seed) for seed in range(3)]
+    store = write_store(tmp_path, runs)
+    whole = load(store)
+    crossed, measured = crossings(whole), measures(whole)
+    first = whole.stepwise.set_index(["run_id", "quantity"])["step"]
+    for run in runs:
+        lowest = np.minimum.accumulate(run.step_losses)
+        by_hand = 1 + int(np.argmax(run.step_losses > lowest + 1))
+        assert first[run.run_id].to_dict() == {"loss": by_hand, "gradient": 1_001}
+    scores = whole.stepwise.set_index("quantity").loc["gradient", "olmo2"]
+    assert scores.tolist() == [1 / 1_800] * 3  # one of those that have the window of a tenth before them
+    assert measured[["spike_score", "loss_spread", "grad_spread"]].notna().all(axis=None)
+    for stride in (2, 3, 7):
+        frames = load(store, step_rows=-(-6_000 // stride))
+        assert frames.stride == stride
+        pd.testing.assert_frame_equal(frames.stepwise, whole.stepwise)
+        pd.testing.assert_frame_equal(crossings(frames), crossed)
+        pd.testing.assert_frame_equal(measures(frames), measured)
+    pd.testing.assert_frame_equal(load(store, kinds=(), between=(0, 9)).stepwise, whole.stepwise)
+
+
+def test_steps_in_parts_say_what_they_say_in_one_file(tmp_path):
+    run = noisy_run(0, "running")
+    whole = load(write_store(tmp_path / "whole", [run]))
+    half = replace(run, step_losses=run.step_losses[:700], step_grads=run.step_grads[:700])
+    store = write_store(tmp_path / "parts", [half])
+    writer = PartWriter(tmp_path / "more", 2)
+    for step, loss, norm in zip(range(701, 2_001), run.step_losses[700:], run.step_grads[700:], strict=True):
+        writer.append(StepRecord(run.run_id, 2, step, 1, loss, norm, 1e-3, 1e-3, 1.0, 1.0, 1.0))
+        if step % 500 == 0:
+            writer.roll()
+    store.ship(run.run_id, tmp_path / "more")
+    pd.testing.assert_frame_equal(load(store).stepwise, whole.stepwise)
+    store.compact(run.run_id)
+    pd.testing.assert_frame_equal(load(store, step_rows=300).stepwise, whole.stepwise)
 
 
 # Versions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 import os
 import re
@@ -181,7 +182,7 @@ def test_a_notebook_shows_tables_and_figures_and_nothing_goes_wrong(executed, na
         ("03_instability_mechanism", r"\| attention σ\\_max \| \\> 10 \| 2/2 "),
         ("04_retune", r"\| all\\_dgram \| 4 \| 3 \| 8 \| 2 \|"),
         ("05_search", r"Halving picks unconstrained, for 75% of the steps"),
-        ("06_own_analysis", r"\| hetero \| −0\.01323 \\\[−0\.01764, −0\.008825\\\] \| 2 \|"),
+        ("06_own_analysis", r"\| hetero \| 2\.\d+ \| −0\.01323 \\\[−0\.01764, −0\.008825\\\] \| 2 \|"),
     ],
 )
 def test_a_notebook_says_what_was_planted(executed, name, found):
@@ -241,7 +242,7 @@ def test_one_run(tmp_path, monkeypatch, capsys):
     assert "Missing: no axis of these runs is a learning rate.\n" in said["04_retune"]
     assert "Missing: halving needs runs of several horizons, and of these all have 300" in said["05_search"]
     assert "schedule: {steps: 75, warmup_steps: 5}" in said["05_search"]
-    assert "No arm beside hetero has runs.\n" in said["06_own_analysis"]
+    assert "No arm beside hetero has finished runs.\n" in said["06_own_analysis"]
 
 
 def test_runs_under_way(tmp_path, monkeypatch, capsys):
@@ -317,6 +318,25 @@ def test_an_interaction_is_the_difference_of_differences(tmp_path):
     assert row["interaction"] == pytest.approx(np.mean(by_seed))
     half = 4.302652729911275 * np.std(by_seed, ddof=1) / 3**0.5  # t at .975 with 2 degrees of freedom
     assert row["interaction_high"] == pytest.approx(np.mean(by_seed) + half)
+
+
+def test_cells_of_an_interaction_are_no_seeds(tmp_path):
+    """Two rates of three seeds, where the interaction depends on the seed alone, and one run diverges."""
+    arms, by_seed = ("all_stiefel", "hetero", "hetero_inv", "all_dgram"), (0.02, 0.1, 0.0)
+    runs = []
+    for arm, rate, seed in itertools.product(arms, (0.1, 0.3), (0, 1, 2)):
+        lost = (arm, rate, seed) == ("hetero", 0.3, 2)
+        losses = [5.5, math.nan] if lost else curve(2.5 + rate + by_seed[seed] * (arm == "all_dgram"), n=5)
+        changes = {"optimizer": {"muon": {"lr": rate}}}
+        status = "diverged" if lost else "completed"
+        axes = {"optimizer.muon.lr": rate}
+        runs.append(Run(arm, seed, losses, status=status, every=75, overrides=changes, axes=axes))
+    store = write_store(tmp_path, runs, index=grid_index(runs, axes=["optimizer.muon.lr"]))
+    (row,) = assignments.interactions(load(store)).to_dict("records")
+    assert (row["n"], row["lost"], row["interaction"]) == (2, 1, pytest.approx(0.06))
+    assert row["interaction_high"] == pytest.approx(
+        0.06 + 12.7062047 * 0.04
+    )  # t at .975, 1 degree of freedom
 
 
 def test_arms_that_differ_in_more_than_the_assignment_make_no_interaction(tmp_path):
@@ -408,6 +428,58 @@ def test_arms_keep_their_names_in_that_grid_where_these_differ(sweep):
     cells = frames.runs["label"].unique()[:2].tolist()
     text = search.rerun_grid(frames, cells, seeds=[7], name="again")
     assert next(iter(yaml.safe_load(text)["arms"])) == "all_dgram-lr_multiplier-0.25-weight_decay-0"
+
+
+def test_what_the_search_has_run_again_is_what_its_table_of_winners_says(tmp_path, monkeypatch, capsys):
+    """The whole way: notebook 05 on a search, the grid that it prints, its runs, notebook 05 again."""
+    runs = retune_like()
+    store = write_store(tmp_path, runs, index=grid_index(runs, name="retune", axes=list(runs[0].axes)))
+    seen = []
+    monkeypatch.setenv("MMSWEEP_STORE", store.url.removeprefix("file://"))
+    monkeypatch.setenv("MMSWEEP_GRID", "retune")
+    monkeypatch.setattr(notebooks, "show", lambda what, *of, empty="": seen.append(what))
+    source = compile((FOLDER / "05_search.py").read_text(), "05_search.py", "exec")
+
+    exec(source, {})
+    cells = [row[-1] for row in seen[-1].rows]
+    assert cells == ["none read", "none read"]
+    printed = re.search(r"^name: rerun$.*?(?=^Grid )", capsys.readouterr().out, re.DOTALL | re.MULTILINE)[0]
+    path = tmp_path / "rerun.yaml"
+    path.write_text(printed)
+    grid = load_grid(path, identify=lambda data: "sha256:5f3c0d6e")
+    store.put_grid("rerun", grid.text, grid.index())
+    for config in grid.runs.values():
+        fields = config.model_dump(mode="json", exclude={"arm", "seed"})
+        run = Run(config.arm, config.seed, curve(2.66 + 0.01 * config.seed, n=5), every=75, overrides=fields)
+        write_run(store, run, tmp_path / "scratch" / run.run_id)
+
+    exec(source, {})
+    assert [row[-1] for row in seen[-1].rows] == ["2.7000 [2.6804, 2.7196] (n = 5)"] * 2  # seeds 2 to 6
+    assert [row[seen[-1].columns.index("cells")] for row in seen[-1].rows] == ["4", "4"]
+
+
+def test_an_own_statistic_is_of_runs_that_have_ended(tmp_path, monkeypatch):
+    """Half-way is half of the planned steps, and a run that diverged is infinitely bad."""
+    runs = [Run("unconstrained", seed, curve(2.5)) for seed in range(5)]
+    good = curve(2.4)
+    runs += [Run("hetero", seed, good) for seed in (0, 1)]
+    runs.append(Run("hetero", 2, good[:10], status="running"))
+    runs.append(Run("hetero", 3, [*good[:3], math.nan], status="diverged"))
+    runs.append(Run("hetero", 4, [*good[:8], math.nan, *good[9:]]))
+    store = write_store(tmp_path, runs)
+    monkeypatch.setenv("MMSWEEP_STORE", store.url.removeprefix("file://"))
+    monkeypatch.delenv("MMSWEEP_GRID", raising=False)
+    monkeypatch.setattr(notebooks, "show", lambda *shown, empty="": None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names = {}
+    exec((FOLDER / "06_own_analysis.py").read_text(), names)
+    late = dict(zip(names["runs"]["run_id"], names["runs"]["late"], strict=True))
+    high, low = np.mean(curve(2.5)[6:]), np.mean(good[6:])
+    wanted = [high] * 5 + [low] * 2 + [math.nan, math.inf, math.inf]
+    assert [late[run.run_id] for run in runs] == pytest.approx(wanted, nan_ok=True)
+    (row,) = names["compared"].to_dict("records")
+    assert (row["pairs"], row["lost"], row["median"]) == (2, 2, math.inf)
+    assert row["difference"] == pytest.approx(low - high)
 
 
 def test_an_arm_with_one_unstable_run_is_not_calm(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -197,6 +198,27 @@ def test_the_chart_shows_the_values_of_all_arms_at_a_step(visit, sweep):
     assert value == f"{nearest:.4f}"
     seen.page.mouse.move(5, 5)
     assert tip.is_hidden()
+
+
+def test_the_chart_s_medians_are_those_of_the_figures(browser, tmp_path):
+    """A run that the machine lost cuts no median, and the legend tells what finished runs say."""
+    late = curve(2.5)[:9]
+    runs = [Run("hetero", 0, curve(2.4)), Run("hetero", 1, curve(2.4)[:3], status="failed")]
+    runs += [Run("all_dgram", s, curve(2.6)[:6], status="failed") for s in (0, 1)]
+    runs += [Run("all_dgram", 2, [5.5, 4.0, math.nan], status="diverged")]
+    runs += [Run("all_stiefel", s, late[: 9 - 4 * s], status="running") for s in (0, 1)]
+    frames = load(write_store(tmp_path, runs), kinds=("evals",))
+    seen = Visit(browser, write_report(frames, tmp_path / "out"))
+    legend = [text.split() for text in seen.page.locator("#legend button").all_inner_texts()]
+    ends = {"hetero": "2.4000", "all_dgram": "not finite", "all_stiefel": f"{late[4]:.4f}"}
+    assert {name: " ".join(value) for name, *value in legend} == ends
+    lines = seen.page.locator("#plot .median").evaluate_all("paths => paths.map((p) => p.getAttribute('d'))")
+    reached = [max(float(x) for x in re.findall(r"[ML]([\d.]+)", line)) for line in lines]
+    left, width = 60, seen.page.locator("#plot").evaluate("plot => plot.viewBox.baseVal.width - 74")
+    steps = {name: round((x - left) / width * 300) for (name, *_), x in zip(legend, reached, strict=True)}
+    assert steps == {"hetero": 300, "all_dgram": 125, "all_stiefel": 100}
+    seen.context.close()
+    assert seen.wrong == []
 
 
 def highest_tick(page):

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,8 +22,13 @@ from analysis.stats import (
     pilot_sigma,
     power,
     ranks,
+    rises,
     runs_needed,
     sign_flip,
+    spike_score,
+    spike_window,
+    spikes,
+    spread,
 )
 from analysis.tables import t1, t1_text
 
@@ -87,15 +94,21 @@ def test_one_pair_has_no_bounds_and_none_has_nothing():
     assert (none.n, math.isnan(none.estimate)) == (0, True)
 
 
+def test_differences_that_are_all_alike_have_no_bounds_and_no_p():
+    for alike in ([-0.1, -0.1], [0.1 + 0.2, 0.3, 0.3], [0.0, 0.0]):
+        found = paired_t(alike)
+        assert (found.estimate, found.n) == (pytest.approx(alike[0]), len(alike))
+        assert [math.isnan(x) for x in (found.low, found.high, paired_t_p(alike))] == [True] * 3
+    assert paired_t([0.3, 0.3001]).low > 0.29
+
+
 def test_a_diverged_pair_must_be_left_out_by_the_caller():
     with pytest.raises(ValueError, match="finite"):
         paired_t([0.1, math.inf])
 
 
-def test_no_p_from_one_pair_or_from_a_spread_that_is_not_known():
+def test_no_p_from_one_pair():
     assert math.isnan(paired_t_p([0.3]))
-    assert math.isnan(paired_t_p([0.1 + 0.2, 0.3]))
-    assert math.isnan(paired_t_p([0.0, 0.0]))
     assert paired_t_p([0.3, 0.3001]) < 0.001
 
 
@@ -273,3 +286,81 @@ def test_a_primary_contrast_that_has_no_pairs_yet_counts_for_the_other(tmp_path)
     hetero = t1(load(write_store(tmp_path, begun, index=grid_index(runs)))).set_index("arm").loc["hetero"]
     assert (hetero["minus_all_stiefel_pairs"], math.isnan(hetero["minus_all_stiefel_holm"])) == (0, True)
     assert hetero["minus_unconstrained_holm"] == pytest.approx(2 * hetero["minus_unconstrained_p"])
+
+
+# Of the steps of one run
+
+
+def score(losses, horizon):
+    window = spike_window(horizon)
+    return spike_score(losses, spikes(losses, window=window), window)
+
+
+def naive_spike_score(losses, window):
+    spikes, counted = 0, 0
+    before = []
+    for loss in losses:
+        if not math.isfinite(loss):
+            spikes, counted = spikes + 1, counted + 1
+            continue
+        if len(before) >= window:
+            last = before[-window:]
+            mean = math.fsum(last) / window
+            sd = math.sqrt(math.fsum((x - mean) ** 2 for x in last) / window)
+            counted += 1
+            spikes += loss > mean and loss >= mean + 7 * sd
+        before.append(loss)
+    return spikes / counted if counted else math.nan
+
+
+@given(st.data(), st.sampled_from([100, 200, 500]), st.integers(0, 2**16))
+def test_the_spike_score_is_that_of_a_plain_loop(data, horizon, seed):
+    noise = np.random.default_rng(seed).standard_normal(data.draw(st.integers(0, horizon)))
+    losses = 3 + 0.01 * noise
+    places = st.tuples(st.integers(0, max(len(losses) - 1, 0)), st.sampled_from([0.04, 0.2, 5.0, math.nan]))
+    for place, rise in data.draw(st.lists(places, max_size=6)) if len(losses) else ():
+        losses[place] += rise
+    expected = naive_spike_score(losses.tolist(), max(20, horizon // 10))
+    assert score(losses, horizon) == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_spike_window_is_a_thousand_in_a_long_run_and_blocks_change_nothing():
+    losses = 3 + 0.01 * np.random.default_rng(0).standard_normal(5200)
+    losses[[500, 1100, 5095, 5096, 5199]] += 0.2
+    expected = naive_spike_score(losses.tolist(), 1000)
+    assert expected == 4 / 4200
+    assert score(losses, 50_000) == expected
+
+
+def test_a_loss_that_never_moves_has_no_spikes():
+    assert score(np.full(300, 0.1), 300) == 0
+    assert math.isnan(score(np.full(10, 0.1), 300))
+
+
+@given(st.floats(-2, 2), st.floats(0.1, 9), st.integers(0, 2**16))
+def test_spread_is_of_the_noise_and_not_of_the_trend(slope, scale, seed):
+    noise = np.random.default_rng(seed).standard_normal(50)
+    trend = slope * np.arange(50)
+    assert spread(trend + scale * noise) == pytest.approx(scale * spread(noise), rel=1e-6)
+    changes = [b - a for a, b in pairwise(noise)]
+    assert spread(noise) == pytest.approx(math.sqrt(np.var(changes, ddof=1) / 2))
+
+
+def test_spread_of_independent_values_is_their_standard_deviation():
+    noise = 0.3 * np.random.default_rng(0).standard_normal(100_000)
+    assert spread(noise) == pytest.approx(0.3, rel=0.02)
+    assert math.isnan(spread(noise[:2]))
+
+
+@pytest.mark.parametrize("huge", [1e9, 1e200])
+def test_a_huge_value_leaves_no_trace_once_it_is_out_of_the_window(huge):
+    values = 0.3 + 0.05 * np.random.default_rng(1).standard_normal(1_000)
+    values[100] = huge
+    values[[150, 700]] = 0.9  # the first with the huge one in its window
+    assert np.flatnonzero(spikes(values, window=128)).tolist() == [700]
+
+
+def test_rises_are_above_the_lowest_so_far():
+    assert rises(np.array([5, 3, 4, 4.01, 2, math.nan, 3.5]), 1.0).tolist() == [False] * 3 + [
+        *(True, False, True, True)
+    ]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from synthetic import Run, curve, grid_index, paper_like, write_run, write_store
 
-from analysis import compare
+from analysis import compare, runtable
 from analysis.contrasts import UNDECIDED, contrast, swaps, swaps_frame, swaps_text
 from analysis.load import load
 from analysis.mechanism import crossings
@@ -85,8 +85,8 @@ def test_the_summary_is_computed(paper_frames):
         (
             "Seeds",
             "Noise between seeds: 0.0035 nats, below 0.0055 with 80% confidence (4 degrees of freedom). It "
-            "takes 7 seeds an arm to decide a predeclared difference of 0.0135 nats with 90% power, 5 more than "
-            "the smallest arm has.",
+            "takes 7 seeds an arm to decide a predeclared difference of 0.0135 nats with 90% power, 5 more "
+            "than the smallest arm has.",
             TOO_FEW,
         ),
     ]
@@ -203,6 +203,18 @@ def test_swaps_carry_the_numbers_of_the_pairs(paper_frames):
     assert frame["verdict"].tolist() == ["lower"] * 4
     text = swaps_text(swaps(paper_frames, table))
     assert text.rows[2][-2:] == ("primary", "dgram lower")
+
+
+def test_the_details_of_a_run_hold_its_spike_scores(paper_frames, modular_frames, tmp_path):
+    run_id = modular_frames.runs["run_id"].iloc[0]
+    found = modular_frames.stepwise.set_index(["run_id", "quantity"])
+    known = found.assign(olmo2=found["olmo2"].mask(found.index == (run_id, "loss"), 3 / 49_000))
+    known["olmo_core"] = known["olmo_core"].mask(known.index == (run_id, "gradient"), 1.0)
+    row = runtable.rows([replace(modular_frames, stepwise=known.reset_index())], tmp_path)[0]
+    loss, gradient = dict(row.details)["spike scores"]
+    assert loss == "loss: 0.00612% (OLMo 2), 0% (OLMo-core)"
+    assert gradient.endswith(", 100% (OLMo-core)")
+    assert "spike scores" not in dict(runtable.rows([paper_frames], tmp_path)[0].details)  # too few steps
 
 
 def test_standing_and_newest_tell_how_far_a_sweep_is(tmp_path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import re
 import statistics
@@ -13,8 +14,12 @@ import pytest
 from paper_size import paper_size
 from synthetic import ARMS, Run, curve, grid_index, paper_like, planted, write_run, write_store
 
+from analysis import figures
 from analysis.load import load
+from analysis.report import write_report
 from analysis.tables import modular, modular_text, t1, t1_text, t2, t2_text, t3, t3_text, to_csv
+from mmsweep.grid import load_grid
+from mmsweep.store import open_store
 
 
 def flat(final, n=13):
@@ -284,56 +289,107 @@ def test_t2_is_whole_where_nothing_was_recorded(paper_frames, tmp_path):
 
 
 LR = "optimizer.muon.lr"
+BASE = {"schedule": {"steps": 300, "warmup_steps": 20}, "evaluation": {"every": 25}}
 
 
-def searched(tmp_path, losses, *, fresh=()):
-    """One arm over learning rates: `losses[lr]` by seed 0, 1, ...; `fresh`: (lr, seed, loss) besides."""
-    cells = [(lr, seed, loss) for lr, values in losses.items() for seed, loss in enumerate(values)]
-    runs = [
-        Run(
-            "hetero",
-            seed,
-            flat(loss) if math.isfinite(loss) else [5.0, math.nan],
-            overrides={"optimizer": {"muon": {"lr": lr}}},
-            axes={LR: lr},
-            status="completed" if math.isfinite(loss) else "diverged",
-        )
-        for lr, seed, loss in (*cells, *fresh)
-    ]
-    return load(write_store(tmp_path, runs, index=grid_index(runs, axes=[LR])))
+def launched(folder, name, seeds, final, *, arms, **axes):
+    """Launch a grid file into the store in `folder`: every arm and cell on every seed. `final(config)` is a
+    run's last loss, NaN leaves it pending."""
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps({"name": name, "seeds": seeds, "arms": arms, "base": BASE, **axes}))
+    grid = load_grid(path, identify=lambda data: "sha256:5f3c0d6e")
+    store = open_store(str(folder / "store"))
+    store.put_grid(name, grid.text, grid.index())
+    for config in grid.runs.values():
+        loss = final(config)
+        losses = flat(loss) if math.isfinite(loss) else [5.0, math.nan]
+        status = "pending" if math.isnan(loss) else "completed" if math.isfinite(loss) else "diverged"
+        fields = config.model_dump(mode="json", exclude={"arm", "seed"})
+        run = Run(config.arm, config.seed, losses, status=status, overrides=fields)
+        write_run(store, run, folder / "scratch" / run.run_id)
+    return store
 
 
-def test_t3_chooses_by_the_search_and_estimates_by_fresh_seeds(tmp_path):
-    losses = {0.1: (2.5, 2.7), 0.3: (2.2, 2.4), 1.0: (2.0, math.inf)}
-    frames = searched(tmp_path, losses, fresh=[(0.3, 7, 2.5), (0.3, 8, 2.7), (0.3, 9, math.inf)])
-    (found,) = t3(frames).to_dict("records")
-    assert (found[LR], found["n_cells"], found["n_search"], found["search_median"]) == (
-        0.3,
-        3,
-        2,
-        pytest.approx(2.3),
+def searched(folder, losses):
+    """One arm over learning rates, as a grid: `losses[lr]` by seed 0, 1, ..., NaN where not run yet."""
+    return launched(
+        folder,
+        "search",
+        list(range(len(next(iter(losses.values()))))),
+        lambda config: losses[config.optimizer.muon.lr][config.seed],
+        arms={"hetero": {"attn": "stiefel", "mlp": "dgram"}},
+        axes={LR: list(losses)},
     )
+
+
+def run_again(folder, arms):
+    """Cells of that search again, as the arms of another grid: `arms[name]` is a rate and losses by seed."""
+    return launched(
+        folder,
+        "rerun",
+        sorted({seed for _, losses in arms.values() for seed in losses}),
+        lambda config: arms[config.arm][1].get(config.seed, math.nan),
+        arms={
+            arm: {"attn": "stiefel", "mlp": "dgram", "optimizer": {"muon": {"lr": lr}}}
+            for arm, (lr, _) in arms.items()
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def rerun(tmp_path_factory):
+    """A search whose third seed has not run, a grid that runs two of its cells again, and other runs."""
+    folder = tmp_path_factory.mktemp("rerun")
+    for lr in (0.7, 0.9):  # in no grid
+        write_store(
+            folder, [Run("hetero", 0, flat(1.0), overrides={"optimizer": {"muon": {"lr": lr}}})], index={}
+        )
+    searched(folder, {0.1: (2.5, 2.7, math.nan), 0.3: (2.2, 2.4, math.nan), 1.0: (2.0, math.inf, math.nan)})
+    fresh = {7: 2.5, 8: 2.7, 9: math.inf}
+    arms = {"hetero": (0.3, fresh), "twin": (0.3, {1: 2.1, 2: 2.1, 7: 2.5}), "other": (0.1, {7: 1.0, 8: 1.0})}
+    return run_again(folder, arms)
+
+
+def test_t3_chooses_by_the_search_and_estimates_by_fresh_seeds(rerun):
+    frames = load(rerun, grid="search")
+    (found,) = t3(frames, load(rerun, grid="rerun")).to_dict("records")
+    assert (found[LR], found["n_cells"], found["n_search"]) == (0.3, 3, 2)
+    assert found["search_median"] == pytest.approx(2.3)
     assert found["minus_next"] == pytest.approx(-0.3)
     assert found["next_label"] == "hetero · lr=0.1"
-    # Fresh: mean 2.6, half-width 12.7062047 x .1.
+    # Seeds 1 and 2 are the search's, and 7 counts once: mean 2.6, half-width 12.7062047 x .1.
     assert (found["n_fresh"], found["fresh_lost"], found["fresh_mean"]) == (3, 1, pytest.approx(2.6))
     assert found["fresh_mean_low"] == pytest.approx(2.6 - 12.7062047 * 0.1)
-    assert (len(found["run_ids"].split()), len(found["fresh_run_ids"].split())) == (2, 3)
-    (cells,) = t3_text(frames, t3(frames)).rows
-    assert cells[-1] == "2.6000 [1.3294, 3.8706] (n = 3, 1 diverged)"
+    assert [run.rpartition("-")[0] for run in found["run_ids"].split()] == ["hetero-s0", "hetero-s1"]
+    fresh = [run.rpartition("-")[0] for run in found["fresh_run_ids"].split()]
+    assert fresh == ["hetero-s7", "hetero-s8", "hetero-s9"]
+    text = t3_text(frames, t3(frames, load(rerun, grid="rerun")))
+    assert text.rows[0][-1] == "2.6000 [1.3294, 3.8706] (n = 3, 1 diverged)"
+    assert len(text.notes) == 1
 
 
-def test_t3_without_fresh_seeds_says_so(tmp_path):
-    frames = searched(tmp_path, {0.1: (2.5,), 0.3: (2.2,)})
-    (cells,) = t3_text(frames, t3(frames)).rows
-    assert cells[-1] == "none run yet"
+@pytest.mark.parametrize("grids", [None, ["rerun", "search"]])
+def test_runs_of_another_grid_or_of_none_are_no_cells_of_a_search(rerun, grids):
+    (found,) = t3(load(rerun, grid=grids)).to_dict("records")
+    assert (found["label"], found["n_cells"]) == ("hetero · lr=0.3 · search", 3)
+    assert (found["search_median"], found["n_fresh"]) == (pytest.approx(2.3), 3)
 
 
-def test_fresh_seeds_never_choose(tmp_path):
-    """A cell that is lucky on fresh seeds alone does not win."""
-    frames = searched(tmp_path, {0.1: (2.5, 2.5), 0.3: (2.2, 2.2)}, fresh=[(0.1, 9, 1.0)])
-    (found,) = t3(frames).to_dict("records")
-    assert (found[LR], found["n_fresh"]) == (0.3, 0)
+def test_t3_of_the_search_alone_says_that_no_fresh_seeds_were_read(rerun):
+    frames = load(rerun, grid="search")
+    text = t3_text(frames, t3(frames))
+    assert text.rows[0][-1] == "none read"
+    assert text.notes[-1].startswith("none read: ")
+
+
+def test_the_report_of_a_search_and_its_rerun_has_fresh_seeds(rerun, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", ())
+    page = write_report([load(rerun, grid=grid) for grid in ("search", "rerun")], tmp_path).read_text()
+    (row,) = csv.DictReader((tmp_path / "search" / "tables" / "t3.csv").open())
+    assert row["n_fresh"] == "3"
+    table = page[page.index('id="search-t3"') :]
+    behind = re.search(r'data-of="([^"]*)"[^>]*>2\.6000<', table)[1]  # the number leads to the fresh runs
+    assert behind.split() == [run.rpartition("-")[2] for run in row["fresh_run_ids"].split()]
 
 
 def test_the_search_loss_of_a_winner_is_too_low_and_that_on_fresh_seeds_is_not(tmp_path):
@@ -342,8 +398,10 @@ def test_the_search_loss_of_a_winner_is_too_low_and_that_on_fresh_seeds_is_not(t
     rates = [round(0.1 * i, 1) for i in range(1, 21)]
     losses = {lr: tuple(2.5 + 0.01 * noise.standard_normal(2)) for lr in rates}
     best = min(losses, key=lambda lr: statistics.median(losses[lr]))
-    fresh = [(best, 10 + i, 2.5 + 0.01 * noise.standard_normal()) for i in range(8)]
-    (found,) = t3(searched(tmp_path, losses, fresh=fresh)).to_dict("records")
+    searched(tmp_path, losses)
+    fresh = {10 + i: 2.5 + 0.01 * noise.standard_normal() for i in range(8)}
+    store = run_again(tmp_path, {"hetero": (best, fresh)})
+    (found,) = t3(load(store)).to_dict("records")
     assert found["search_median"] < 2.5 - 0.005
     assert found["fresh_mean_low"] < 2.5 < found["fresh_mean_high"]
 
