@@ -550,7 +550,7 @@ def _label(rows: list[dict[str, Any]], axes: tuple[str, ...]) -> None:
 
 
 def _pair_within_stores(rows: list[dict[str, Any]]) -> None:
-    """Two stores may hold a seed of one arm of one grid, of different data, say: pairs are of one store then."""
+    """Two stores may hold a seed of one arm twice, of other data, say: pairs are of one store then."""
     ids: dict[tuple[str, str, int], set[str]] = {}
     for row in rows:
         ids.setdefault((row["family"], row["arm"], row["seed"]), set()).add(row["run_id"])

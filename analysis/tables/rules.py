@@ -84,9 +84,8 @@ def log_rank_text(table: pd.DataFrame) -> Text:
     )
     notes = (
         "Exploratory: time to the first bad evaluation, every two arms of a cell. Left out, but counted by "
-        f"Holm, where no run was unstable: {len(table) - len(told)}. unstable: runs in which a rule fired, of "
-        "all that were watched. "
-        "expected: events in the arm, were both alike. p: share of the assignments of these runs to the two "
-        "arms that are as far from it, with its 95% interval where they were drawn.",
+        f"Holm, where no run was unstable: {len(table) - len(told)}. unstable: runs in which a rule fired, "
+        "of all that were watched. expected: events in the arm, were both alike. p: share of the assignments "
+        "of these runs to the two arms that are as far from it, with its 95% interval where they were drawn.",
     )
     return Text(columns, rows, (True, True, *(False,) * 5), notes)
