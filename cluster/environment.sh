@@ -14,3 +14,5 @@ export RAY_worker_niceness=0
 export PATH="$HOME/mmsweep/.venv/bin:$PATH"
 # The endpoint of a store that is not AWS's own, where the cluster file or you have named one.
 if [ -r "$HOME/store.sh" ]; then . "$HOME/store.sh"; fi
+# The chat room of detached launches, on the head alone; see the README.
+if [ -r "$HOME/webhook.sh" ]; then . "$HOME/webhook.sh"; fi

@@ -47,11 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(arguments.poll)
         print("notice: this machine will be taken away", flush=True)
     end = time.monotonic() + deadline_s
-    asked = tell_agents(proc)
+    asked = tell_agents(proc, told=set())
     print(f"{len(asked)} runs on this machine save their state", flush=True)
     drained = _drain_all(proc, deadline_s, arguments.poll)
+    asked |= tell_agents(proc, told=asked)  # some may have begun before Ray heard of it
     while asked & agents(proc) and time.monotonic() < end:
         time.sleep(min(arguments.poll, 0.5))  # who called this with --now ends the machine on return
+        asked |= tell_agents(proc, told=asked)
     if left := asked & agents(proc):
         print(f"{len(left)} runs have not ended in {deadline_s} s", file=sys.stderr, flush=True)
     return 0 if drained else 1
@@ -120,10 +122,10 @@ def agents(proc: Path = PROC) -> set[int]:
     return found
 
 
-def tell_agents(proc: Path = PROC) -> set[int]:
-    """Send SIGTERM, "this machine goes away", to the agents; returns their process ids."""
+def tell_agents(proc: Path, told: set[int]) -> set[int]:
+    """Send SIGTERM, "this machine goes away", to the agents but those `told`; returns their process ids."""
     asked = set()
-    for pid in agents(proc):
+    for pid in agents(proc) - told:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGTERM)
             asked.add(pid)

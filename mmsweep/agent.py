@@ -17,7 +17,6 @@ import os
 import platform
 import queue
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -35,11 +34,13 @@ from mmsweep.failures import BAD_INPUT, CRASH, HANG, LOST, PREEMPTED, Cause, Fai
 from mmsweep.lease import POLL_S as LEASE_POLL_S
 from mmsweep.lease import Lease
 from mmsweep.resources import Resources
+from mmsweep.scratch import scratch
 from mmsweep.shipper import Shipper
 from mmsweep.store import DamagedError, RunStore, StoreError, open_store
 from mmsweep.workers import EXIT_BAD_INPUT, EXIT_STOPPED, Span, Workers
 from trainers import records
 from trainers.manifest import checkpoint_steps
+from trainers.provenance import CHECKOUT
 from trainers.records import EvalRecord, PartReader, StepRecord
 
 POLL_S = 0.1
@@ -73,6 +74,8 @@ class Job:
     """`resources` of the grid."""
     span: dict[str, Any] | None = None
     """A `mmsweep.workers.Span`, for a run of several machines."""
+    checkout: dict[str, Any] | None = None
+    """Of the launch's machine: see `trainers.provenance.checkout`."""
 
     @property
     def limits(self) -> Resources:
@@ -161,13 +164,11 @@ class Agent:
     def _work(self) -> None:
         """Take the run's result, or make it."""
         while not self._take_result():
-            prefix = f"mmsweep-{self.job.run_id}-"
             with (
                 self.store.run_lease(self.job.run_id, self.job.launch) as self.lease,
-                tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder,
+                scratch(self.job.run_id) as self.run_dir,
             ):
                 self._wait_for_lease()
-                self.run_dir = Path(folder)
                 with contextlib.suppress(_FencedError):
                     if not self._take_result():  # whoever had the lease has not finished
                         self._attempt()
@@ -645,7 +646,10 @@ def main(argv: list[str] | None = None) -> int:
     call = answer("mmsweep.agent", argv)
     if call is None:
         return EXIT_BAD_INPUT
-    news = Agent(Job.parse(call.line), call.launcher_gone, call.machine_goes).run()
+    job = Job.parse(call.line)
+    if job.checkout is not None:
+        os.environ[CHECKOUT] = json.dumps(job.checkout)  # for the workers
+    news = Agent(job, call.launcher_gone, call.machine_goes).run()
     return 0 if news.status in records.FINISHED else 1
 
 

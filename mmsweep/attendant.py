@@ -13,6 +13,7 @@ from types import TracebackType
 from mmsweep.notify import Webhook
 from mmsweep.progress import Log, duration
 from mmsweep.store import RunStore, StoreError
+from trainers.errors import InputError
 
 POLL_S = 2.0
 """Pause between two looks for a request."""
@@ -20,6 +21,16 @@ LOG_S = 10.0
 """Pause between two copies of the log."""
 AWAY_S = 300.0
 """A store that has not answered for so long is worth a message."""
+
+
+def in_a_line(error: BaseException) -> str:
+    """Why a launch ended that an exception has ended."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by Ctrl-C"
+    if isinstance(error, SystemExit):
+        return "stopped by SIGTERM"
+    text = (str(error).splitlines() or [""])[0]
+    return text if isinstance(error, InputError | StoreError) else f"{type(error).__name__}: {text}"
 
 
 class Attendant:
@@ -64,6 +75,8 @@ class Attendant:
     ) -> None:
         self._over.set()
         self._thread.join()
+        if error is not None:
+            self.log.keep(f"{self.grid}: ended: {in_a_line(error)}")
         with suppress(StoreError):
             self._keep_log()
 

@@ -6,14 +6,14 @@ read from its summary or status in the store, so a relaunch knows it too.
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from pydantic import model_validator
 
+from mmsweep.placement import Need
 from mmsweep.resources import Positive, Resources
 from trainers.config import Section
 
@@ -45,22 +45,18 @@ class Budget(Section):
 
 
 def devices(resources: Resources) -> float:
-    """What one run holds while it trains: GPUs, or workers that have none."""
-    return resources.workers * (resources.gpus_per_worker or 1.0)
+    """What one run holds while it trains: the GPUs that Ray reserves for it, or workers that have none."""
+    need = Need.of(resources)
+    return need.nodes * need.gpus or float(resources.workers)
 
 
 def unit(resources: Resources) -> str:
     return "GPU-hours" if resources.gpus_per_worker else "worker-hours"
 
 
-def concurrent_runs(resources: Resources, *, gpus: int, cpus: int) -> int:
-    """Runs that go at once: no GPU is shared beyond what it has, and no run waits for a worker's place."""
-    share = resources.gpus_per_worker
-    if share:
-        places = gpus * math.floor(1 / share + 1e-9)
-    else:
-        places = math.floor(cpus / resources.cpus_per_worker + 1e-9)
-    runs = places // resources.workers
+def concurrent_runs(resources: Resources, rooms: Sequence[Mapping[str, float]]) -> int:
+    """Runs that go at once on machines with this much room, as `Node.total` has it."""
+    runs = Need.of(resources).most(rooms)
     return min(runs, resources.max_concurrent or runs)
 
 

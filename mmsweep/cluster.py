@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
 import ipaddress
 import os
+import secrets
 import socket
+import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from mmsweep.placement import Node
 from trainers.errors import InputError
@@ -29,6 +35,9 @@ ENVIRONMENT = {
 }
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Trials exchange a few kilobytes; Ray's default would take a third of the memory."""
+_ANSWER_S = 5.0
+_GCS_QUESTION = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+"""What Ray's own nodes ask the head first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +54,21 @@ def connect(address: str | None) -> Iterator[Capacity]:
     """A Ray connection for the length of the block.
 
     Args:
-        address: None starts a Ray on this machine that ends with the block (Ray would join
+        address: None or "local" starts a Ray on this machine that ends with the block (Ray would join
             whatever cluster was left over); "auto" joins the cluster this machine belongs to;
-            "host:port" or "ray://…" one that is named.
+            "host:port" one that is named.
 
     Raises:
         InputError: no cluster at the address, or one that takes jobs from anybody.
     """
     os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
-    if address is not None:
+    address = _found(address)
+    if address is None:
+        _keep_others_out()
+    else:
         check_authentication(address)
         _check_listening(address)
+        _check_token(address)
     import ray
 
     # What Ray prints of a node that dies is twenty lines of counters, also with log_to_driver=False.
@@ -111,13 +124,75 @@ def to_come() -> list[Mapping[str, float]]:
     return [dict(g.resources) for g in groups for _ in range(g.max_count if 0 <= g.max_count < 64 else 64)]
 
 
+def usable_cpus() -> int:
+    """CPUs this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- who is let in -------------------------------------------------------------------------------
+
+
+def _found(address: str | None) -> str | None:
+    """host:port of the cluster that Ray would join; None: a Ray of our own.
+
+    Raises:
+        InputError: this machine belongs to no cluster, or the address is a URL.
+    """
+    if address == "auto":
+        from ray._private.services import get_ray_address_from_environment
+
+        try:
+            address = str(get_ray_address_from_environment("auto", None))
+        except ConnectionError:
+            raise InputError(
+                "--address auto: this machine belongs to no Ray cluster; "
+                "start one with `ray up`, or leave --address out to use this machine"
+            ) from None
+    if address is not None and "://" in address:
+        raise InputError(
+            f"{address}: name the cluster as host:port, on one of its machines; "
+            "from elsewhere launch with --detach and the http:// address of its dashboard"
+        )
+    return None if address == "local" else address
+
+
+def _keep_others_out() -> None:
+    """Have the Ray that starts here, which listens to the whole network, ask for a token.
+
+    Ray would make the token itself, in a file that everybody on this machine may read.
+
+    Raises:
+        InputError: the file cannot be made, or closed to others.
+    """
+    os.environ["RAY_AUTH_MODE"] = "token"
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
+    Config.initialize("")  # what Ray has read of the environment, if it is loaded already
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:  # for its owner alone
+                file.write(secrets.token_hex(32))
+                file.flush()
+                with suppress(FileExistsError):  # another launch was faster
+                    os.link(file.name, path)
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path}: {reason}; name a file with a token in RAY_AUTH_TOKEN_PATH") from None
+
+
 def check_authentication(address: str) -> None:
-    """Refuse an address other machines can reach unless Ray asks for a token there.
+    """Refuse an address other machines can reach unless we are to bring a token.
 
     Raises:
         InputError: the address is not loopback and RAY_AUTH_MODE is not "token".
     """
-    if os.environ.get("RAY_AUTH_MODE") == "token" or _is_loopback(address):
+    if os.environ.get("RAY_AUTH_MODE") == "token" or is_loopback(_host(address)):
         return
     raise InputError(
         f"refusing {address!r}: a Ray cluster without authentication runs code for anyone who reaches it; "
@@ -127,28 +202,73 @@ def check_authentication(address: str) -> None:
 
 def _check_listening(address: str) -> None:
     """Ray keeps trying for minutes where nobody answers. Raises InputError."""
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    _, separator, port = address.rpartition(":")
     if not separator or not port.isdigit():
-        return  # "auto": Ray knows where to look
+        return  # Ray says what is wrong with it
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        socket.create_connection((_host(address), int(port)), timeout=_ANSWER_S).close()
     except (OSError, OverflowError) as error:
         raise InputError(f"nothing answers at {address!r}: {error}; start a cluster with `ray up`") from None
 
 
-def _is_loopback(address: str) -> bool:
-    if address == "local":
-        return True
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", "127.0.0.1")
-    host = address.removeprefix("ray://").rsplit(":", 1)[0].strip("[]")
+def _check_token(address: str) -> None:
+    """Compare what the cluster wants with what we are to bring.
+
+    Raises:
+        InputError: it lets in anybody from other machines, or wants a token and RAY_AUTH_MODE says none.
+    """
+    asks = asks_for_token(address)
+    if asks is False and not is_loopback(_host(address)):
+        raise InputError(
+            f"refusing {address!r}: it asks for no token and runs code for anyone who reaches it; "
+            "start every node with RAY_AUTH_MODE=token"
+        )
+    if asks and os.environ.get("RAY_AUTH_MODE") != "token":  # Ray would try for 20 seconds
+        raise InputError(wants_token(address))
+
+
+def wants_token(where: str) -> str:
+    """What to tell who brings none."""
+    return f"{where} wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN if not in ~/.ray/auth_token"
+
+
+def asks_for_token(address: str) -> bool | None:
+    """Whether the cluster at host:port turns away who brings no token; None: it cannot be told."""
+    import grpc  # type: ignore[import-untyped]
+
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(_GCS_QUESTION)(b"", timeout=_ANSWER_S)
+        except grpc.RpcError as error:
+            return True if error.code() is grpc.StatusCode.UNAUTHENTICATED else None
+    return False
+
+
+def jobs_status(dashboard: str) -> int:
+    """HTTP status of a dashboard's jobs API for who brings no token: 401 or 403 of a closed one.
+
+    Raises:
+        OSError: no answer, or none of HTTP.
+    """
     try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
+        with urllib.request.urlopen(f"{dashboard}/api/jobs/", timeout=2 * _ANSWER_S) as answer:  # noqa: S310
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except urllib.error.URLError as error:
+        raise OSError(str(error.reason)) from None
+    except (http.client.HTTPException, ValueError) as error:
+        raise OSError(f"no answer of HTTP: {error}") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or IP address means this machine to this machine alone."""
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError:
         return False
-    return all(ipaddress.ip_address(a).is_loopback for a in found)
+    return all(ipaddress.ip_address(address).is_loopback for address in found)
 
 
-def usable_cpus() -> int:
-    """CPUs this process may use, which in a container can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _host(address: str) -> str:
+    return address.rsplit(":", 1)[0].strip("[]")

@@ -1,7 +1,7 @@
-"""`mmsweep launch GRID --address http://HEAD:8265 --detach`: the head of a cluster launches the grid.
+"""`mmsweep launch GRID --address http://127.0.0.1:8265 --detach`: the head of a cluster launches the grid.
 
-By Ray's job API: the grid's file is all that is sent. The head reads the store and the data, so both must be
-where the cluster reaches them.
+By Ray's job API, there or through a tunnel: the grid's file is all that is sent. The head reads the store and
+the data, so both must be where the cluster reaches them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mmsweep.cluster import ENVIRONMENT, check_authentication
+from mmsweep.cluster import ENVIRONMENT, is_loopback, jobs_status, wants_token
 from mmsweep.grid import Grid, load_grid
 from mmsweep.store import open_store
 from trainers.config import DataConfig
 from trainers.errors import InputError
+from trainers.provenance import CHECKOUT, checkout
 
 PORT = 8265
 """Of Ray's dashboard, which takes the jobs."""
@@ -40,6 +41,7 @@ def submit(path: Path, store: str | None, address: str | None) -> list[str]:
     url = _reachable(store, grid)
     _check_data(grid)
     head = _dashboard(address)
+    _check_closed(head)
     identity = submission_id(grid, url)
     with _quiet_client(head) as client:
         _check_free(client, identity, grid, url, head)
@@ -50,7 +52,7 @@ def submit(path: Path, store: str | None, address: str | None) -> list[str]:
             client.submit_job(
                 entrypoint=shlex.join(entrypoint),
                 submission_id=identity,
-                runtime_env={"working_dir": folder},
+                runtime_env={"working_dir": folder, "env_vars": {CHECKOUT: json.dumps(checkout())}},
             )
     return [
         f"{grid.name}: {len(grid.runs)} runs, launched by {head} as {identity}",
@@ -102,19 +104,41 @@ def _check_data(grid: Grid) -> None:
 
 
 def _dashboard(address: str | None) -> str:
-    """The URL of a dashboard that does not take jobs from just anybody."""
+    """The URL of a dashboard.
+
+    Raises:
+        InputError: it is none, or a token sent there could be read on the way.
+    """
     example = f"as in http://127.0.0.1:{PORT} at the end of `ray dashboard`'s tunnel"
     if address is None:
         raise InputError(f"--detach wants the --address of the cluster's dashboard, {example}")
     try:
         parts = urlsplit(address)
-        host, port = parts.hostname, parts.port
+        host, _ = parts.hostname, parts.port  # of the port only whether it is one
     except ValueError:
         raise InputError(f"--address {address}: not a URL; name the dashboard, {example}") from None
     if parts.scheme not in ("http", "https") or not host:
         raise InputError(f"--address {address}: with --detach name the cluster's dashboard, {example}")
-    check_authentication(f"[{host}]:{port or PORT}" if ":" in host else f"{host}:{port or PORT}")
+    if parts.scheme == "http" and not is_loopback(host):
+        raise InputError(
+            f"--address {address}: without https the token can be read on the way; open a tunnel, {example}"
+        )
     return address.rstrip("/")
+
+
+def _check_closed(head: str) -> None:
+    """Raises InputError: nobody answers, just anybody may send jobs there, or we are to bring no token."""
+    try:
+        status = jobs_status(head)
+    except OSError as error:
+        raise InputError(f"{head}: {error}; see that the cluster is up, and the tunnel open") from None
+    if status not in (401, 403):
+        raise InputError(
+            f"refusing {head}: without a token it answers HTTP {status}, not 401: it runs code for anyone, "
+            "or is no dashboard; start every node with RAY_AUTH_MODE=token"
+        )
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        raise InputError(wants_token(head))
 
 
 # --- Ray's job API -------------------------------------------------------------------------------

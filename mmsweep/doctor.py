@@ -18,21 +18,20 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from mmsweep.cluster import connect, usable_cpus
+from mmsweep.cluster import asks_for_token, connect, is_loopback, jobs_status, usable_cpus
 from mmsweep.objects import DirectoryStore, NotFound, ObjectStore, StoreError
 from mmsweep.store import open_store
 from trainers.corpus import cache_root
@@ -45,7 +44,8 @@ CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 OLDEST_PYTHON = (3, 11)
 RANKS = 2
 RANKS_TIMEOUT_S = 180.0
-NODE_TIMEOUT_S = 60.0
+NODES_TIMEOUT_S = 300.0
+"""For all nodes together: each starts torch, and one that cannot reach the store tries for a while."""
 PROBE_BYTES = 32 * 2**20
 """Written and synced to time a disk: enough that a cache in the disk itself does not hide it."""
 SLOW_DISK = 50e6
@@ -90,15 +90,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("workers", check_workers),
         ("disk", check_disks),
     ]
+    objects: ObjectStore | None = None
     try:
         if arguments.store is not None:
-            objects = open_store(arguments.store).objects
-            checks.append(("store", lambda: check_store(objects)))
+            objects = store = open_store(arguments.store).objects
+            checks.append(("store", lambda: check_store(store)))
     except (InputError, StoreError) as error:
         print(error, file=sys.stderr)
         return 2
     if arguments.address is not None:
-        checks.append(("cluster", lambda: check_cluster(arguments.address)))
+        checks.append(("cluster", lambda: check_cluster(arguments.address, objects)))
     console = Console(highlight=False, markup=False, soft_wrap=True)
     problems = warnings = 0
     for subject, check in checks:
@@ -365,8 +366,11 @@ def _write_speed(path: Path, size: int) -> float | None:
 # --- the store -----------------------------------------------------------------------------------
 
 
-def check_store(objects: ObjectStore) -> Findings:
-    """Each right that a sweep needs, tried on one object; then what is good to know, and the clock."""
+def check_store(objects: ObjectStore, *, service: bool = True) -> Findings:
+    """Each right that a sweep needs, tried on one object; then what is good to know, and the clock.
+
+    `service`: also what the service does, which is the same wherever it is asked from.
+    """
     key = f"{PROBES}/{uuid.uuid4().hex}"
     first, second = uuid.uuid4().bytes, uuid.uuid4().bytes
     try:
@@ -394,11 +398,13 @@ def check_store(objects: ObjectStore) -> Findings:
                 yield Finding("problem", "store", f"{objects.url}: {right}: not what was just written", fix)
         except (StoreError, NotFound) as error:
             yield Finding("problem", "store", f"{right}: {error}")
-    more = [
-        *_guarded("store", lambda: _conditional(objects, key)),
-        *_guarded("store", lambda: _integrity(objects, key)),
-        *_guarded("clock", lambda: _clock(objects, key)),
-    ]
+    more = list(_guarded("clock", lambda: _clock(objects, key)))
+    if service:
+        more[:0] = [
+            *_guarded("store", lambda: _conditional(objects, key)),
+            *_guarded("store", lambda: _integrity(objects, key)),
+            *_guarded("store", lambda: _encryption(objects)),
+        ]
     try:
         for probe in (key, key + RACE):
             objects.delete(probe)
@@ -470,6 +476,17 @@ def _integrity(objects: ObjectStore, key: str) -> Findings:
         yield Finding("warning", "store", f"uploads that were cut off: {error}", fix)
 
 
+def _encryption(objects: ObjectStore) -> Findings:
+    """Whether others on the way can read what is stored."""
+    if isinstance(objects, DirectoryStore):
+        return
+    endpoint = objects.client.meta.endpoint_url  # type: ignore[attr-defined]
+    parts = urlsplit(endpoint)
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        what = f"{endpoint}: requests are signed, but all that is stored can be read on the way"
+        yield Finding("warning", "store", what, "use https, or keep it in a private network")
+
+
 def _clock(objects: ObjectStore, key: str) -> Findings:
     """This machine's clock against the store's: the Date of an answer, or the time of a file."""
     before = time.time()
@@ -510,79 +527,161 @@ def _s3_put(objects: Any, key: str, **conditions: str) -> tuple[int, str | None]
 # --- a cluster -----------------------------------------------------------------------------------
 
 
-def check_cluster(address: str) -> Findings:
-    """Who may use it, what it has, and whether every node runs what this machine runs."""
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """An object that was written into the store here, for every node to read."""
+
+    store: str
+    key: str
+    data: bytes
+
+
+def check_cluster(address: str, objects: ObjectStore | None = None) -> Findings:
+    """Who may use it, what it has, and whether every node is as fit as this machine, also for the store."""
     try:
         with connect(address) as capacity:
             what = f"{_count(capacity.nodes, 'node')}, {capacity.cpus:g} CPUs, {capacity.gpus:g} GPUs"
             yield Finding("ok", "cluster", f"{address}: {what}")
-            yield from _dashboard()
-            yield from _nodes()
+            yield from _doors()
+            yield from _nodes(objects)
     except InputError as error:
         yield Finding("problem", "cluster", str(error))
 
 
-def _dashboard() -> Findings:
-    """Whether the jobs API turns away who brings no token."""
+def _doors() -> Findings:
+    """Whether Ray itself and its jobs API turn away who brings no token."""
+    import ray
     from ray._private.worker import get_dashboard_url
 
-    url = get_dashboard_url()
+    head = ray.get_runtime_context().gcs_address
+    here_alone = is_loopback(urlsplit(f"//{head}").hostname or "")
+    asks = asks_for_token(head)
+    yield _ray_itself(head, asks, here_alone=here_alone)
+    yield _jobs_api(get_dashboard_url(), safe=asks is True or here_alone)
+
+
+TOKENS = "start every node with RAY_AUTH_MODE=token; see cluster/README.md"
+
+
+def _ray_itself(head: str, asks: bool | None, *, here_alone: bool) -> Finding:
+    if asks:
+        return Finding("ok", "cluster", f"Ray at {head} wants a token")
+    if asks is None:
+        fix = "see that every node is started with RAY_AUTH_MODE=token"
+        return Finding("warning", "cluster", f"Ray at {head} does not tell whether it wants a token", fix)
+    what = f"Ray at {head} runs code for anyone who reaches it"
+    return Finding("warning" if here_alone else "problem", "cluster", what, TOKENS)
+
+
+def _jobs_api(url: str | None, *, safe: bool) -> Finding:
+    """`safe`: Ray itself is closed to other machines."""
     if not url:
-        yield Finding("ok", "cluster", "no dashboard, so no jobs from outside")
-        return
-    status = _status(f"http://{url}/api/jobs/")
-    if status in (401, 403):
-        yield Finding("ok", "cluster", f"the jobs API at {url} wants a token")
-    elif status is None:
-        yield Finding("ok", "cluster", f"the jobs API at {url} cannot be reached from here")
-    else:
-        fix = "start every node with RAY_AUTH_MODE=token; see cluster/README.md"
-        what = f"the jobs API at {url} runs code for anyone who reaches it (HTTP {status})"
-        here_alone = url.startswith(("127.", "localhost"))
-        yield Finding("warning" if here_alone else "problem", "cluster", what, fix)
-
-
-def _status(url: str) -> int | None:
-    """HTTP status of a request that carries no token; None without an answer."""
+        return Finding("ok", "cluster", "no dashboard, and so no jobs API")
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 (http, as above)
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        return error.code
+        status = jobs_status(f"http://{url}")
     except OSError:
-        return None
+        return Finding("ok", "cluster", f"the jobs API at {url} cannot be reached from here")
+    if status in (401, 403):
+        return Finding("ok", "cluster", f"the jobs API at {url} wants a token")
+    what = f"the jobs API at {url} runs code for anyone who reaches it (HTTP {status})"
+    here_alone = safe and is_loopback(urlsplit(f"//{url}").hostname or "")
+    return Finding("warning" if here_alone else "problem", "cluster", what, TOKENS)
 
 
-def _nodes() -> Findings:
-    """Versions on every node, told by a task there."""
+def _nodes(objects: ObjectStore | None) -> Findings:
+    """What every node says of itself: versions, devices, disks, and the store that was opened here."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from mmsweep import doctor  # by its own name, also where this file is __main__
 
-    here = doctor.facts()
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    asked = []
-    for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-        asked.append(ray.remote(num_cpus=0, scheduling_strategy=there)(doctor.facts).remote())
-    agreeing = 0
-    for node, answer in zip(nodes, asked, strict=True):
-        name = f"node {node['NodeManagerAddress']}"
-        try:
-            found = ray.get(answer, timeout=NODE_TIMEOUT_S)
-        except ray.exceptions.RayError as error:
-            what = f"{name} does not run mmsweep: {_last(str(error))}"
-            yield Finding("problem", "cluster", what, "install the same mmsweep there; see cluster/README.md")
-            continue
-        differing = [f"{key} {found[key]} (here {here[key]})" for key in here if found[key] != here[key]]
-        if differing:
-            fix = "install from one constraints.txt on every node"
-            yield Finding("problem", "cluster", f"{name} differs: {', '.join(differing)}", fix)
-        else:
-            agreeing += 1
-    if agreeing == len(nodes):
-        yield Finding("ok", "cluster", f"every node has {', '.join(f'{k} {v}' for k, v in here.items())}")
+    deadline = time.monotonic() + NODES_TIMEOUT_S
+    with doctor.marked(objects) as mark:
+        asked = []
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+            task = ray.remote(num_cpus=0, scheduling_strategy=there)(doctor.examine)
+            asked.append(task.remote(mark))
+        sound = 0
+        for node, answer in zip(nodes, asked, strict=True):
+            name = f"node {node['NodeManagerAddress']}"
+            try:
+                found = ray.get(answer, timeout=max(0.1, deadline - time.monotonic()))
+            except ray.exceptions.GetTimeoutError:
+                what = f"{name} has not answered in {NODES_TIMEOUT_S:g} s"
+                yield Finding("problem", "cluster", what, "see whether it is overloaded, or its store away")
+                continue
+            except ray.exceptions.RayError as error:
+                what = f"{name} does not run mmsweep: {_last(str(error))}"
+                fix = "install the same mmsweep there; see cluster/README.md"
+                yield Finding("problem", "cluster", what, fix)
+                continue
+            bad = list(_of_node(name, *found))
+            yield from bad
+            sound += not bad
+    if sound == len(nodes):
+        versions = ", ".join(f"{package} {version}" for package, version in doctor.facts().items())
+        what = "devices, disks, store and clock" if mark else "devices and disks"
+        yield Finding("ok", "cluster", f"every node has {versions}, and sound {what}")
+
+
+def _of_node(name: str, versions: dict[str, str], findings: list[Finding]) -> Findings:
+    """How a node differs from this machine, and what it has found wrong with itself."""
+    here = facts()
+    differing = [f"{key} {versions[key]} (here {here[key]})" for key in here if versions[key] != here[key]]
+    if differing:
+        fix = "install from one constraints.txt on every node"
+        yield Finding("problem", "cluster", f"{name} differs: {', '.join(differing)}", fix)
+    for finding in findings:
+        if finding.level != "ok":
+            yield replace(finding, what=f"{name}: {finding.what}")
+
+
+@contextmanager
+def marked(objects: ObjectStore | None) -> Iterator[Mark | None]:
+    """A mark in the store for the length of the block; None without a store, or without one to write in."""
+    if objects is None:
+        yield None
+        return
+    mark = Mark(objects.url, f"{PROBES}/{uuid.uuid4().hex}", uuid.uuid4().bytes)
+    try:
+        objects.put(mark.key, mark.data)
+    except StoreError:  # `check_store` has said so
+        yield None
+        return
+    try:
+        yield mark
+    finally:
+        with suppress(StoreError):
+            objects.delete(mark.key)
+
+
+def examine(mark: Mark | None) -> tuple[dict[str, str], list[Finding]]:
+    """In a task on a node of a cluster: its versions, and what the checks find there."""
+    if not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides the GPUs from a task that asks for none
+    checks: list[tuple[str, Callable[[], Findings]]] = [("devices", check_devices), ("disk", check_disks)]
+    if mark is not None:
+        checks.append(("store", lambda: _from_here(mark)))
+    return facts(), [finding for subject, check in checks for finding in _guarded(subject, check)]
+
+
+def _from_here(mark: Mark) -> Findings:
+    """Whether this node reaches the store that has the mark, with every right, and what its clock says."""
+    try:
+        objects = open_store(mark.store).objects
+        same = objects.get(mark.key) == mark.data
+    except NotFound:
+        same = False
+    except (InputError, StoreError) as error:
+        yield Finding("problem", "store", f"reading: {error}")
+        return
+    if same:
+        yield from check_store(objects, service=False)
+    else:
+        what = f"{mark.store} is not the store of the machine that asks: what was written there is not here"
+        yield Finding("problem", "store", what, "mount the same folder at this place, or take s3://")
 
 
 def facts() -> dict[str, str]:

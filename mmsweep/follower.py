@@ -19,15 +19,15 @@ import queue
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from mmsweep import evidence
 from mmsweep.detached import Detached, answer
+from mmsweep.scratch import scratch
 from mmsweep.workers import (
     EXIT_BAD_INPUT,
     STOP_GRACE_S,
@@ -39,8 +39,11 @@ from mmsweep.workers import (
 
 POLL_S = 0.1
 HELLO_S = 10.0
-"""How long one who connects may take to say the token."""
+"""How long one who connects may take to say the token and what to start."""
 _LONGEST_LINE = 1 << 20
+
+Said: TypeAlias = queue.Queue[dict[str, Any] | None]
+"""What an agent has said; None: it says nothing more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,33 +80,47 @@ class Follower:
         return self.launcher_gone.is_set() or self.machine_goes.is_set()
 
     def _meet(self, connection: socket.socket) -> None:
-        connection.settimeout(HELLO_S)
-        with connection.makefile("rb") as lines:
-            token = str(json.loads(lines.readline(_LONGEST_LINE))["token"])
-            if not hmac.compare_digest(token.encode(), self.invitation.token.encode()):
-                return
-            order = json.loads(lines.readline(_LONGEST_LINE))
-            share = Share(**order["share"])
-            notice_silence(connection)
-            with tempfile.TemporaryDirectory(
-                prefix="mmsweep-follower-", ignore_cleanup_errors=True
-            ) as folder:
-                run_dir, run = Path(folder), order["run"]
-                words = command(run, run_dir, int(order["attempt"]))
-                ranks = Ranks(words, run_dir, share, self.invitation.host, run["runtime"]["threads"])
-                try:
-                    orders: queue.Queue[str | None] = queue.Queue()
-                    threading.Thread(target=_listen, args=(lines, orders), daemon=True).start()
-                    self._follow(ranks, run_dir, connection, orders)
-                finally:
-                    ranks.kill()
-                    with contextlib.suppress(OSError):
-                        _send(connection, codes=ranks.codes())
-                        connection.shutdown(socket.SHUT_RDWR)
+        notice_silence(connection)
+        said: Said = queue.Queue()
+        threading.Thread(target=_listen, args=(connection, said), daemon=True).start()
+        try:
+            order = self._greeting(said)
+            if order is not None:
+                self._work(order, connection, said)
+        finally:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # the thread that listens ends
 
-    def _follow(
-        self, ranks: Ranks, run_dir: Path, connection: socket.socket, orders: queue.Queue[str | None]
-    ) -> None:
+    def _greeting(self, said: Said) -> dict[str, Any] | None:
+        """What to start; None without the token, when HELLO_S are over, or when all is to end."""
+        deadline = time.monotonic() + HELLO_S
+        token = None
+        while not self._told_to_end() and time.monotonic() < deadline:
+            try:
+                message = said.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            if message is None or token is not None:
+                return message
+            token = str(message["token"])
+            if not hmac.compare_digest(token.encode(), self.invitation.token.encode()):
+                return None
+        return None
+
+    def _work(self, order: dict[str, Any], connection: socket.socket, said: Said) -> None:
+        share = Share(**order["share"])
+        with scratch("follower") as run_dir:
+            run = order["run"]
+            words = command(run, run_dir, int(order["attempt"]))
+            ranks = Ranks(words, run_dir, share, self.invitation.host, run["runtime"]["threads"])
+            try:
+                self._follow(ranks, run_dir, connection, said)
+            finally:
+                ranks.kill()
+                with contextlib.suppress(OSError):
+                    _send(connection, codes=ranks.codes())
+
+    def _follow(self, ranks: Ranks, run_dir: Path, connection: socket.socket, said: Said) -> None:
         """Do as the agent says until it has all workers killed, or is gone."""
         told: dict[int, int | None] = {}
         deadline: float | None = None
@@ -119,9 +136,10 @@ class Follower:
             if self._told_to_end() and None not in codes.values():
                 return
             try:
-                order = orders.get(timeout=POLL_S)
+                message = said.get(timeout=POLL_S)
             except queue.Empty:
                 continue
+            order = None if message is None else message["do"]
             if order in (None, "kill"):
                 return
             if order == "stop":
@@ -141,11 +159,11 @@ def _send(connection: socket.socket, **message: Any) -> None:
     connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _listen(lines: Any, orders: queue.Queue[str | None]) -> None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        for line in lines:
-            orders.put(str(json.loads(line)["do"]))
-    orders.put(None)
+def _listen(connection: socket.socket, said: Said) -> None:
+    with contextlib.suppress(OSError, ValueError, RecursionError), connection.makefile("rb") as lines:
+        while line := lines.readline(_LONGEST_LINE):
+            said.put(json.loads(line))
+    said.put(None)
 
 
 # --- the process, and its launcher's side ---------------------------------------------------------

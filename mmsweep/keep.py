@@ -1,7 +1,7 @@
 """`mmsweep store ls|verify|gc STORE`: what a store holds, whether it reads, and what it can lose.
 
     ls      runs, attempts, bytes by kind
-    verify  read everything again: digests of checkpoints, every line and row of records, every JSON object
+    verify  read everything again: every object by its digest, checkpoints, every line and row of records
     gc      what can go; `--delete` lets it go
 
 None of them changes an object that a run still needs, and none touches what mmsweep did not write.
@@ -10,14 +10,17 @@ None of them changes an object that a run still needs, and none touches what mms
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pyarrow as pa
 from rich.console import Console
@@ -37,10 +40,17 @@ from mmsweep.contents import (
 from mmsweep.objects import TEMPORARY, DamagedError, Entry, NotFound, ObjectStore, StoreError, Upload
 from mmsweep.rows import from_parquet, to_parquet
 from mmsweep.status import standing
-from mmsweep.store import KEPT_CHECKPOINTS, QUARANTINE, RunStore, open_store
+from mmsweep.store import (
+    KEPT_CHECKPOINTS,
+    QUARANTINE,
+    RunStore,
+    fetch_checkpoint,
+    open_store,
+    stored_name,
+)
 from trainers.config import RUN_ID
 from trainers.errors import InputError
-from trainers.manifest import CorruptError, parse_manifest, verify
+from trainers.manifest import CorruptError, parse_manifest
 from trainers.records import CHECKPOINTS, CONFIG, KINDS, MANIFEST, PART, SUMMARY, parse_part, part_name
 from trainers.yamlfile import printable
 
@@ -48,7 +58,7 @@ LIVE_S = 600.0
 """An unfinished run into which anything was written so recently may be training: gc leaves it alone."""
 ABANDONED_S = 86_400.0
 """A checkpoint without a manifest is on its way until nothing was added to it for so long; so is a
-file that is being sent, from when it was begun."""
+file that is being sent, from when it was begun, and one that no manifest names yet."""
 _THREADS = 4
 """Runs looked at together: a checkpoint of each may be on this machine's disk at one time."""
 
@@ -116,9 +126,13 @@ def _ls(arguments: argparse.Namespace) -> int:
         state = states.get(run_id, {})
         amounts = [size(parts[kind]) if parts[kind] else "–" for kind in COLUMNS]
         table.add_row(
-            run_id, str(state.get("status", "–")), str(_attempts(held, state) or "–"), str(len(held)),
-            *amounts, size(sum(parts.values())),
-        )  # fmt: skip
+            run_id,
+            printable(str(state.get("status", "–"))),
+            str(_attempts(held, state) or "–"),
+            str(len(held)),
+            *amounts,
+            size(sum(parts.values())),
+        )
     # Names come from the store: no markup in them.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
     with console.capture() as text:  # rich would answer a closed pipe in its own way
@@ -148,31 +162,69 @@ def _name_foreign(found: Contents) -> None:
 
 def _verify(arguments: argparse.Namespace) -> int:
     store, found = _opened(arguments.store)
+    reads = _Reads(store.objects)
     problems = 0
-    for line in problems_of(store, found):
+    for line in problems_of(store, found, reads):
         problems += 1
         print(printable(line), flush=True)
     _name_foreign(found)
-    objects = sum(map(len, found.runs.values()))
     print(
-        f"{store.url}: {len(found.grids)} grids and {len(found.runs)} runs with {objects} objects read, "
+        f"{store.url}: {len(found.grids)} grids and {len(found.runs)} runs, {len(reads.keys)} objects read, "
         + (f"{problems} problem{'s' if problems > 1 else ''}" if problems else "all whole")
     )
     return 1 if problems else 0
 
 
-def problems_of(store: RunStore, found: Contents) -> Iterator[str]:
+class _Reads:
+    """Passes everything on to a store, and knows which objects have been read from end to end."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self.keys: set[str] = set()
+        self._objects = objects
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._objects, name)
+
+    def get(self, key: str) -> bytes:
+        with self._noted(key):
+            return self._objects.get(key)
+
+    def get_file(self, key: str, path: Path) -> None:
+        with self._noted(key):
+            self._objects.get_file(key, path)
+
+    @contextmanager
+    def _noted(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except DamagedError:
+            self.keys.add(key)
+            raise
+        self.keys.add(key)
+
+
+def problems_of(store: RunStore, found: Contents, reads: _Reads | None = None) -> Iterator[str]:
     """Read every object; one line for each that is not what it should be.
+
+    Args:
+        reads: the store's objects, to know afterwards which were read.
 
     Raises:
         StoreError: the store cannot be read.
     """
+    reads = reads or _Reads(store.objects)
+    read_by = RunStore(cast("ObjectStore", reads))
     for grid in found.grids:
-        yield from _said(store.grid_index, grid)
+        yield from _said(read_by.grid_index, grid)
     with ThreadPoolExecutor(_THREADS) as pool:
-        each = pool.map(lambda run_id: [*_run_problems(store, run_id, found.runs[run_id])], found.runs)
+        each = pool.map(
+            lambda run_id: [*_run_problems(read_by, reads, run_id, found.runs[run_id])], found.runs
+        )
         for lines in each:
             yield from lines
+    foreign = {entry.key for entry in found.foreign}
+    beside = [key for top in ("grids", "report") for key in store.objects.list(top) if key not in foreign]
+    yield from _rest_problems(reads, beside)
 
 
 def _said(read: Callable[[str], object], name: str) -> Iterator[str]:
@@ -185,7 +237,7 @@ def _said(read: Callable[[str], object], name: str) -> Iterator[str]:
         yield str(error)
 
 
-def _run_problems(store: RunStore, run_id: str, names: Held) -> Iterator[str]:
+def _run_problems(store: RunStore, reads: _Reads, run_id: str, names: Held) -> Iterator[str]:
     for read in (store.config, store.status, store.summary):
         yield from _said(read, run_id)
     if SUMMARY in names and CONFIG not in names:
@@ -202,6 +254,7 @@ def _run_problems(store: RunStore, run_id: str, names: Held) -> Iterator[str]:
     for name in names:
         if (match := CHECKPOINT_FILE.fullmatch(name)) and name.endswith(f"/{MANIFEST}"):
             yield from _checkpoint_problems(store.objects, f"runs/{run_id}/{CHECKPOINTS}/{match[1]}")
+    yield from _rest_problems(reads, [f"runs/{run_id}/{name}" for name in names])
 
 
 def _part_problems(store: RunStore, run_id: str, name: str, attempt: int, kind: str) -> Iterator[str]:
@@ -264,11 +317,7 @@ def _checkpoint_problems(objects: ObjectStore, base: str) -> Iterator[str]:
     try:
         with tempfile.TemporaryDirectory(prefix="mmsweep-verify-") as folder:
             target = Path(folder)
-            manifest = objects.get(f"{base}/{MANIFEST}")
-            (target / MANIFEST).write_bytes(manifest)
-            for name in parse_manifest(manifest, name=MANIFEST)["files"]:
-                objects.get_file(f"{base}/{name}", target / name)
-            facts = verify(target)
+            facts = fetch_checkpoint(objects, base, objects.get(f"{base}/{MANIFEST}"), target)
             if facts.get("step") != int(base.rsplit("/", 1)[1]):
                 yield f"{objects.url}/{base}: its manifest is that of step {facts.get('step')}"
     except DamagedError as error:
@@ -278,6 +327,25 @@ def _checkpoint_problems(objects: ObjectStore, base: str) -> Iterator[str]:
     except NotFound as error:
         if objects.exists(f"{base}/{MANIFEST}"):  # else it was replaced by newer ones
             yield f"{error.args[0]}: missing, and the manifest names it"
+
+
+def _rest_problems(reads: _Reads, keys: list[str]) -> Iterator[str]:
+    """Read what no other check has read whole: logs, claims, requests, files that no manifest names."""
+    with tempfile.TemporaryDirectory(prefix="mmsweep-verify-") as folder:
+        file = Path(folder) / "object"
+        for key in keys:
+            if key in reads.keys:
+                continue
+            try:
+                reads.get_file(key, file)
+                if key.endswith(".json") and f"/{QUARANTINE}/" not in key:
+                    json.loads(file.read_bytes())
+            except NotFound:
+                continue  # deleted since it was listed
+            except DamagedError as error:
+                yield str(error)
+            except (ValueError, RecursionError):
+                yield f"{reads.url}/{key}: not JSON"
 
 
 # --- gc ------------------------------------------------------------------------------------------
@@ -323,7 +391,7 @@ def _run_garbage(store: RunStore, run_id: str, names: Held, *, now: float, keep:
         return []
     return [
         *_tabled_parts(store, run_id, names),
-        *_needless_checkpoints(run_id, names, finished=finished, now=now, keep=keep),
+        *_needless_checkpoints(store, run_id, names, finished=finished, now=now, keep=keep),
         *_quarantined(run_id, names),
     ]
 
@@ -350,7 +418,7 @@ def _adds_nothing(store: RunStore, run_id: str, kind: str) -> bool:
 
 
 def _needless_checkpoints(
-    run_id: str, names: Held, *, finished: bool, now: float, keep: int
+    store: RunStore, run_id: str, names: Held, *, finished: bool, now: float, keep: int
 ) -> Iterator[Garbage]:
     found = _by_first_group(names, CHECKPOINT_FILE)
     complete = [step for step in found if f"{CHECKPOINTS}/{step}/{MANIFEST}" in names]
@@ -364,6 +432,20 @@ def _needless_checkpoints(
         elif step not in complete and age > ABANDONED_S:
             why = f"without a manifest for {age / 3600:.0f} hours"
             yield Garbage(run_id, f"checkpoint {step}", why, tuple(held))
+        elif step in complete and (left := _unnamed(store, held, now=now)):
+            yield Garbage(run_id, f"{len(left)} files of checkpoint {step}", "not in its manifest", left)
+
+
+def _unnamed(store: RunStore, held: list[Entry], *, now: float) -> tuple[Entry, ...]:
+    """Files beside a manifest, the first of `held`, of an attempt that shipped the same step in vain."""
+    folder = held[0].key.removesuffix(MANIFEST)
+    try:
+        files = parse_manifest(store.objects.get(held[0].key), name=MANIFEST)["files"]
+    except (StoreError, NotFound, CorruptError):
+        return ()  # verify says so
+    named = {MANIFEST, *files, *(stored_name(file, entry) for file, entry in files.items())}
+    others = (entry for entry in held if entry.key.removeprefix(folder) not in named)
+    return tuple(entry for entry in others if now - entry.modified > ABANDONED_S)
 
 
 def _quarantined(run_id: str, names: Held) -> Iterator[Garbage]:

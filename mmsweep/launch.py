@@ -9,17 +9,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from mmsweep.agent import Job, News
-from mmsweep.attendant import Attendant
+from mmsweep.attendant import Attendant, in_a_line
 from mmsweep.budget import (
     Taken,
     admitted,
@@ -30,14 +32,14 @@ from mmsweep.budget import (
     taken,
     unit,
 )
-from mmsweep.cluster import Capacity, connect, nodes, to_come
+from mmsweep.cluster import connect, nodes, to_come
 from mmsweep.detach import submit
 from mmsweep.grid import Cell, Grid, load_grid
 from mmsweep.lease import Lease
-from mmsweep.notify import VARIABLE, Webhook, webhook
+from mmsweep.notify import VARIABLE, GivenUp, Webhook, webhook
 from mmsweep.placement import check_room, in_order
 from mmsweep.progress import TROUBLE, Board, Log, duration
-from mmsweep.store import STOP, RunStore, StoreError, open_store
+from mmsweep.store import STOP, DamagedError, RunStore, StoreError, open_store
 from mmsweep.workers import STOP_GRACE_S
 from trainers import records
 from trainers.config import RunConfig
@@ -49,7 +51,13 @@ from trainers.footprint import footprint, largest_micro_batch, micro_batch_of, u
 from trainers.yamlfile import printable
 
 SHIPPED = Path(__file__).parent / "grids"
+LONGEST_PAUSE_S = 30.0
+"""Between two questions to a store that does not answer."""
+LAST_S = 60.0
+"""How long a launch that was asked to stop waits for such a store."""
 _THREADS = 32
+
+T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.detach:
             return _detach(arguments)
         hook = webhook(arguments.webhook)
-        grid = load_grid(grid_path(arguments.grid), identify=identify)
-        store = open_store(grid.store if arguments.store is None else arguments.store)
         if arguments.dry_run:
-            return _dry_run(grid, store)
-        return _launch(grid, store, arguments.address, hook, show=arguments.open)
+            return _dry_run(*_grid_and_store(arguments))
+        with hook, _exceptions_told(hook, arguments.grid):
+            grid, store = _grid_and_store(arguments)
+            return _launch(grid, store, arguments.address, hook, show=arguments.open)
     except (InputError, StoreError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -94,6 +102,21 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--open", action="store_true", help="open the report, on a machine with a desktop")
     return parser
+
+
+def _grid_and_store(arguments: argparse.Namespace) -> tuple[Grid, RunStore]:
+    grid = load_grid(grid_path(arguments.grid), identify=identify)
+    return grid, open_store(grid.store if arguments.store is None else arguments.store)
+
+
+@contextlib.contextmanager
+def _exceptions_told(hook: Webhook, grid: str) -> Iterator[None]:
+    """Tell the chat room of an exception that ends the launch; nobody may look at this process."""
+    try:
+        yield
+    except BaseException as error:
+        hook.end(f"the launch of {grid} has ended: {in_a_line(error)}")
+        raise
 
 
 def grid_path(given: str) -> Path:
@@ -138,7 +161,6 @@ def _launch(grid: Grid, store: RunStore, address: str | None, hook: Webhook, *, 
     taken_over = "silent for so long that another launch has taken over; stopping"
     with (
         _signals_unwind(),
-        hook,
         store.grid_lease(grid.name, this.name, on_lost=lambda: attendant.stop(taken_over)) as lease,
     ):
         if not _take(lease, this):
@@ -147,10 +169,11 @@ def _launch(grid: Grid, store: RunStore, address: str | None, hook: Webhook, *, 
         with attendant:
             try:
                 return _train(this, address, attendant, show=show)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # before there was anything to stop
                 if not attendant.stopping:
                     raise
-                this.say(f"{grid.name}: {attendant.stopping}")  # before there was anything to stop
+                this.say(f"{grid.name}: {attendant.stopping}")
+                hook.end(f"{grid.name}: {attendant.stopping}")
                 return 1
 
 
@@ -227,21 +250,41 @@ def _train(this: _Launch, address: str | None, attendant: Attendant, *, show: bo
         if not admitted(grid.budget, runs, waiting, at_once=1):  # no cluster is needed to say so
             _hold_back(this, waiting, spent(runs), board)
             return _end(this, board, begun, "", show=show)
-    with connect(address) as capacity, _sigterm_saves(attendant):
+    with connect(address), _sigterm_saves(attendant):
         for line in check_room(grid.resources, nodes(), to_come(), local=address is None):
             this.say(line)
-        from mmsweep.trial import run_all  # imports ray, which must see the settings of connect()
-
         with board.show():
-            for wave in _waves(this, waiting, capacity, board):
-                jobs = [_job(run_id, missing[run_id], this) for run_id in wave]
-                run_all(jobs, grid.resources, board)
-                if attendant.stopping:
-                    break
-    return _end(this, board, begun, attendant.stopping, show=show)
+            why = _run_waves(this, waiting, board, attendant)
+    with _sigterm_saves(attendant):
+        return _end(this, board, begun, why, show=show)
 
 
-def _waves(this: _Launch, waiting: list[str], capacity: Capacity, board: Board) -> Iterator[list[str]]:
+def _run_waves(this: _Launch, waiting: list[str], board: Board, attendant: Attendant) -> str:
+    """Train what waits, as far as the budget goes; returns what stopped it, if anything did."""
+    from mmsweep.trial import run_all  # imports ray, which must see the settings of connect()
+
+    try:
+        for wave in _waves(this, waiting, board):
+            with _sigint_as_before():
+                run_all([_job(run_id, this) for run_id in wave], this.grid.resources, board)
+            if attendant.stopping:
+                break
+    except KeyboardInterrupt:  # between two waves
+        return attendant.stopping or "stopped by Ctrl-C"
+    return attendant.stopping
+
+
+@contextlib.contextmanager
+def _sigint_as_before() -> Iterator[None]:
+    """Tune leaves a handler behind that would swallow the first Ctrl-C after it."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _waves(this: _Launch, waiting: list[str], board: Board) -> Iterator[list[str]]:
     """Runs that may begin together: all of them, or, on a budget, what it has room for by then.
 
     Ends when all have had their turn, the budget has no room for the others, or a wave was stopped.
@@ -249,10 +292,9 @@ def _waves(this: _Launch, waiting: list[str], capacity: Capacity, board: Board) 
     if this.grid.budget is None:
         yield waiting
         return
-    resources = this.grid.resources
-    at_once = concurrent_runs(resources, gpus=int(capacity.gpus), cpus=int(capacity.cpus))
     while waiting:
-        runs = _taken(this)
+        runs = _patiently(this, lambda: _taken(this))
+        at_once = concurrent_runs(this.grid.resources, [node.total for node in nodes()])
         wave = admitted(this.grid.budget, runs, waiting, at_once=at_once)
         waiting = [run_id for run_id in waiting if run_id not in wave]
         if not wave:
@@ -261,6 +303,32 @@ def _waves(this: _Launch, waiting: list[str], capacity: Capacity, board: Board) 
         yield wave
         if not all(board.rows[run_id].news.done for run_id in wave):
             return
+
+
+def _patiently(this: _Launch, ask: Callable[[], T], *, at_most_s: float = math.inf) -> T:
+    """What the store answers in the end. A request to stop ends the wait, as Ctrl-C does.
+
+    Raises:
+        StoreError: it has not answered in `at_most_s` seconds, or holds something damaged.
+    """
+    deadline, pause, away = time.monotonic() + at_most_s, 0.5, False
+    while True:
+        try:
+            answer = ask()
+        except DamagedError:
+            raise
+        except StoreError as error:
+            if time.monotonic() > deadline:
+                raise
+            if not away:
+                this.say(f"{this.grid.name}: waiting for the store: {error}")
+            away = True
+        else:
+            if away:
+                this.say(f"{this.grid.name}: the store is back")
+            return answer
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
 def _taken(this: _Launch) -> dict[str, Taken]:
@@ -295,7 +363,8 @@ def _hold_back(this: _Launch, run_ids: list[str], hours: float, board: Board) ->
         list(pool.map(note, run_ids))
 
 
-def _job(run_id: str, run: RunConfig, this: _Launch) -> Job:
+def _job(run_id: str, this: _Launch) -> Job:
+    run = this.grid.runs[run_id]
     data = run.data
     if data.path is not None:  # agents may start in another folder
         run = run.model_copy(update={"data": data.model_copy(update={"path": str(expanded(data.path))})})
@@ -312,26 +381,39 @@ def _end(this: _Launch, board: Board, begun: float, why: str, *, show: bool) -> 
     if stopping:
         this.say(f"stopping: {len(stopping)} runs save their state")
         _wait_until_saved(this, stopping)
-    finished = _finished(store, grid)
-    outcome = f"{len(finished)} of {len(grid.runs)} runs done in {duration(time.monotonic() - begun)}"
+    finished = _finished_at_last(this, at_most_s=LAST_S if why else math.inf)
+    done = f"{len(finished or ())} of {len(grid.runs)} runs done"
+    if finished is None:
+        done = f"{board.counts()} (as known here: the store does not answer)"
+    outcome = f"{done} in {duration(time.monotonic() - begun)}"
     this.say(outcome)
     trouble = {run_id: row.news for run_id, row in board.rows.items() if row.news.status in TROUBLE}
-    for run_id, news in trouble.items():
-        _publish_failure(store, run_id, news)
-        this.say(f"{run_id}: {news.status} at step {news.step}: {news.reason}")
     states = [news.status for news in trouble.values()]
     others = [f"{states.count(what)} {what}" for what in TROUBLE if what in states]
-    this.hook.send("; ".join([f"{grid.name}: {outcome}", *others, *([why] if why else [])]))
+    this.hook.end("; ".join([f"{grid.name}: {outcome}", *others, *([why] if why else [])]))
+    for run_id, news in trouble.items():
+        if finished is not None:
+            _publish_failure(store, run_id, news)
+        this.say(f"{run_id}: {news.status} at step {news.step}: {news.reason}")
     if finished:
         _report(store, grid, show=show)
-    if len(finished) == len(grid.runs):
+    if finished is not None and len(finished) == len(grid.runs):
         return 0
     this.say("the same command goes on from here")
     return 1
 
 
+def _finished_at_last(this: _Launch, *, at_most_s: float) -> set[str] | None:
+    """The runs that are finished by the end of a launch; None: the store does not say, and nobody waits."""
+    try:
+        return _patiently(this, lambda: _finished(this.store, this.grid), at_most_s=at_most_s)
+    except (StoreError, KeyboardInterrupt):
+        return None
+
+
 def _tell_trouble(this: _Launch, run_id: str, news: News) -> None:
-    this.hook.send(f"{this.grid.name}: {run_id} {news.status} at step {news.step}: {news.reason}")
+    how = f"at step {news.step}: {news.reason}"
+    this.hook.send_given_up(GivenUp(this.grid.name, run_id, news.status, how))
 
 
 def _publish_failure(store: RunStore, run_id: str, news: News) -> None:
@@ -346,11 +428,8 @@ def _wait_until_saved(this: _Launch, run_ids: list[str]) -> None:
     """Agents save and ship after their launcher has let go; give them time to say so."""
     deadline = time.monotonic() + STOP_GRACE_S
     while time.monotonic() < deadline:
-        try:
+        with contextlib.suppress(StoreError):  # which may be back before the time is up
             run_ids = [r for r in run_ids if (this.store.status(r) or {}).get("status") == records.RUNNING]
-        except StoreError as error:
-            this.log.say(str(error), error=True)
-            return
         if not run_ids:
             return
         time.sleep(0.5)
@@ -360,7 +439,7 @@ def _wait_until_saved(this: _Launch, run_ids: list[str]) -> None:
 def _report(store: RunStore, grid: Grid, *, show: bool) -> int:
     from mmsweep.report import main as report
 
-    return report([store.url, "--grid", grid.name, *(["--open"] if show else [])])
+    return report([store.url, "--grid", grid.name, "--into-store", *(["--open"] if show else [])])
 
 
 def _finished(store: RunStore, grid: Grid) -> set[str]:

@@ -33,6 +33,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmsweep.objects import DamagedError, NotFound, ObjectStore, StoreError
+from trainers.yamlfile import printable
 
 TTL_S = 60.0
 """A claim that has not changed for so long, as somebody watches, has lost its owner."""
@@ -52,8 +53,8 @@ class Claim(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     nonce: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-    launch: str
-    """The name of the launch that wants the lease."""
+    launch: Annotated[str, Field(pattern=r"^[^/\\\x00]*$")]
+    """The name of the launch that wants the lease, and of its log."""
     host: str
     machine: str
     """Where a process id means the same process: boot and process namespace; host names repeat."""
@@ -68,10 +69,18 @@ class Claim(BaseModel):
 
     def who(self) -> str:
         """`pid 4242 on node-3 (launch paper-1122-120311), since 2026-11-22 12:03:11 UTC`"""
-        return f"pid {self.pid} on {self.host} (launch {self.launch}), since {_utc(self.acquired)} UTC"
+        who = printable(f"pid {self.pid} on {self.host} (launch {self.launch})")
+        return f"{who}, since {_utc(self.acquired)} UTC"
 
     def __str__(self) -> str:
         return f"{self.who()}, last heartbeat {_utc(self.heartbeat)} UTC"
+
+    def why_dead(self) -> str:
+        """Why nobody is at work any more, as far as one look and the clocks tell; empty: somebody is."""
+        if self.process_is_gone():
+            return "its process is gone"
+        silent = time.time() - self.heartbeat > self.ttl
+        return f"silent since {_utc(self.heartbeat)} UTC" if silent else ""
 
     def process_is_gone(self) -> bool:
         """True only where it is known: on the machine that the process ran on."""
@@ -176,36 +185,43 @@ class Lease:
         if self._mine is None:
             return False
         if self.holder is not None or any(rival.nonce < self._mine.nonce for rival in rivals):
-            self._withdraw()
+            self._withdraw(self._mine)
             return False
         if rivals:
             if time.monotonic() - self._wrote > self.beat_s:
-                self._beat()
+                self._beat(self._mine)
             return False  # until they have withdrawn, or hold it
-        return self._hold()
+        return self._hold(self._mine)
 
     def renew(self) -> bool:
         """Write a heartbeat; False, and `lost` is set, if somebody has declared this owner dead."""
-        assert self._mine is not None
+        mine = self._mine
+        assert mine is not None
         names = self.objects.children(self.folder)
-        claim, mark = self._mine.nonce + CLAIM, self._mine.nonce + DEAD
+        claim, mark = mine.nonce + CLAIM, mine.nonce + DEAD
+        if self._over.is_set():  # released since: its claim may be gone for that reason
+            return True
         if mark in names or claim not in names:
             self.lost.set()
             self._mine = None
             for name in (claim, mark):  # in this order: without its mark the claim would count
                 self.objects.delete(f"{self.folder}/{name}")
             return False
-        self._beat()
+        self._beat(mine)
         return True
 
     def release(self) -> None:
-        """Let go. If the store is away the claim stays there, without heartbeats."""
+        """Let go. If the store is away the claim stays there, without heartbeats.
+
+        A heartbeat that is on its way for longer than GAP_S brings the claim back when it arrives; its
+        thread removes it again.
+        """
         self._over.set()
         if self._keeper is not None and self._keeper is not threading.current_thread():
             self._keeper.join(timeout=GAP_S)
-        if self._mine is not None:
+        if (mine := self._mine) is not None:
             with suppress(StoreError):
-                self._withdraw()
+                self._withdraw(mine)
 
     # --- one's own claim --------------------------------------------------------------------------
 
@@ -229,36 +245,38 @@ class Lease:
         self.objects.put(f"{self.folder}/{claim.nonce}{CLAIM}", claim.model_dump_json().encode())
         self._mine, self._written, self._wrote = claim, True, time.monotonic()
 
-    def _beat(self, *, held: bool | None = None) -> None:
-        assert self._mine is not None
-        changes = {"heartbeat": time.time(), "beat": self._mine.beat + 1}
-        self._write(self._mine.model_copy(update=changes | ({} if held is None else {"held": held})))
+    def _beat(self, mine: Claim, *, held: bool | None = None) -> None:
+        changes = {"heartbeat": time.time(), "beat": mine.beat + 1}
+        self._write(mine.model_copy(update=changes | ({} if held is None else {"held": held})))
 
-    def _withdraw(self) -> None:
-        assert self._mine is not None
-        self.objects.delete(f"{self.folder}/{self._mine.nonce}{CLAIM}")
+    def _withdraw(self, mine: Claim) -> None:
+        self.objects.delete(f"{self.folder}/{mine.nonce}{CLAIM}")
         self._mine = None
 
-    def _hold(self) -> bool:
+    def _hold(self, mine: Claim) -> bool:
         """Say that it is held, and look once more: a pause before this may have been taken for death."""
-        self._beat(held=True)
+        self._beat(mine, held=True)
         self._look()
         if self._mine is None:
             return False
         if self.holder is not None:
-            self._withdraw()
+            self._withdraw(mine)
             return False
-        self._keeper = threading.Thread(target=self._keep, name=f"lease {self.folder}", daemon=True)
+        self._keeper = threading.Thread(
+            target=self._keep, args=(mine,), name=f"lease {self.folder}", daemon=True
+        )
         self._keeper.start()
         return True
 
-    def _keep(self) -> None:
+    def _keep(self, mine: Claim) -> None:
         while not self._over.wait(self.beat_s):
             with suppress(StoreError):  # no heartbeat this time
                 self.renew()
             if self.lost.is_set():
                 self.on_lost()
                 return
+        with suppress(StoreError):
+            self._withdraw(mine)  # also where `release` has: the last heartbeat may have come after that
 
     # --- the claims of others ---------------------------------------------------------------------
 
@@ -319,7 +337,7 @@ def _read(objects: ObjectStore, folder: str, nonce: str) -> Claim | None:
     except ValueError:
         claim = None
     if claim is None or claim.nonce != nonce:
-        raise DamagedError(f"{objects.url}/{key}: not a claim written by mmsweep; remove it")
+        raise DamagedError(f"{objects.url}/{printable(key)}: not a claim written by mmsweep; remove it")
     return claim
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
-import queue
 import sys
 import threading
 import urllib.error
 import urllib.request
+from collections import Counter, deque
+from dataclasses import dataclass
 from http.client import HTTPException
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,7 @@ LAST_S = 20.0
 MOST_CHARACTERS = 1900
 """Discord refuses 2,000."""
 MOST_WAITING = 100
+"""Messages; runs that were given up wait as one, however many they are."""
 
 
 def webhook(given: str | None) -> Webhook:
@@ -65,18 +67,33 @@ def _is_this_machine(host: str) -> bool:
         return False
 
 
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """A run that has failed for good."""
+
+    grid: str
+    run_id: str
+    status: str
+    how: str
+    """`at step 4: CUDA out of memory`"""
+
+
 class Webhook:
-    """Sends messages, in order, from a thread of its own: `send` never waits and never fails.
+    """Sends messages, in order, from a thread of its own: to send never waits and never fails.
 
     with Webhook("https://…") as hook:
-        hook.send("paper: 25 of 25 runs done")
+        hook.send("paper: the store is back after 12:05")
+        hook.end("paper: 25 of 25 runs done")  # before all that wait
     """
 
     def __init__(self, url: str | None, *, pause: float = PAUSE_S, timeout: float = TIMEOUT_S) -> None:
         self._url = url
         self._pause = pause
         self._timeout = timeout
-        self._messages: queue.Queue[str | None] = queue.Queue()
+        self._waiting: deque[str] = deque()
+        self._given_up: list[GivenUp] = []
+        self._over = False
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="webhook", daemon=True)
         self._complained = False
 
@@ -89,16 +106,43 @@ class Webhook:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._thread.is_alive():
-            self._messages.put(None)
+            with self._changed:
+                self._over = True
+                self._changed.notify()
             self._thread.join(LAST_S)
 
     def send(self, text: str) -> None:
-        if self._url is not None and self._messages.qsize() < MOST_WAITING:
-            self._messages.put(text)
+        with self._changed:
+            if self._url is not None and len(self._waiting) < MOST_WAITING:
+                self._waiting.append(text)
+                self._changed.notify()
+
+    def send_given_up(self, run: GivenUp) -> None:
+        """A message of its own, or one of all such runs that wait by the time that its turn comes."""
+        with self._changed:
+            if self._url is not None:
+                self._given_up.append(run)
+                self._changed.notify()
+
+    def end(self, text: str) -> None:
+        """As `send`, ahead of all that wait: the last words of a launch."""
+        with self._changed:
+            if self._url is not None:
+                self._waiting.appendleft(text)
+                self._changed.notify()
 
     def _work(self) -> None:
-        while (text := self._messages.get()) is not None:
+        while (text := self._next()) is not None:
             self._deliver(text)
+
+    def _next(self) -> str | None:
+        """The next message, which may be waited for; None at the end of all."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._given_up or self._over)
+            if self._waiting:
+                return self._waiting.popleft()
+            runs, self._given_up = self._given_up, []
+            return _together(runs) if runs else None
 
     def _deliver(self, text: str) -> None:
         if len(text) > MOST_CHARACTERS:
@@ -129,6 +173,16 @@ class Webhook:
         except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             return getattr(reason, "strerror", None) or type(reason).__name__
+
+
+def _together(runs: list[GivenUp]) -> str:
+    """`paper: hetero-s1-0123abcd failed at step 4: boom`, or of several `paper: 12 more runs: 9 failed, …`"""
+    first = runs[0]
+    if len(runs) == 1:
+        return f"{first.grid}: {first.run_id} {first.status} {first.how}"
+    counts = Counter(run.status for run in runs)
+    states = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return f"{first.grid}: {len(runs)} more runs: {states}; {', '.join(run.run_id for run in runs)}"
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

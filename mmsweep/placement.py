@@ -57,7 +57,7 @@ class Need:
         workers = resources.workers // resources.nodes
         gpus = workers * resources.gpus_per_worker
         if gpus > 1:
-            gpus = math.ceil(gpus)  # Ray divides one GPU, not several
+            gpus = math.ceil(gpus - 1e-9)  # Ray divides one GPU, not several
         return Need(workers * resources.cpus_per_worker, gpus, resources.nodes)
 
     def bundle(self) -> dict[str, float]:
@@ -70,11 +70,19 @@ class Need:
 
     def most(self, rooms: Sequence[Mapping[str, float]]) -> int:
         """How many runs at once such machines hold if nothing else is on them."""
-        each = [
-            min(int(room.get(k, 0.0) / amount + 1e-9) for k, amount in self.bundle().items())
-            for room in rooms
-        ]
-        return sum(each) // self.nodes
+        each = [self._most_on_one(room) for room in rooms]
+        runs = sum(each) // self.nodes
+        while sum(min(shares, runs) for shares in each) < runs * self.nodes:  # no run is on a machine twice
+            runs -= 1
+        return runs
+
+    def _most_on_one(self, room: Mapping[str, float]) -> int:
+        most, gpus = room.get("CPU", 0.0) / self.cpus, room.get("GPU", 0.0)
+        if self.gpus > 1:
+            most = min(most, gpus / self.gpus)
+        elif self.gpus:  # what is left over of one GPU cannot be joined with that of another
+            most = min(most, math.floor(gpus) * math.floor(1 / self.gpus + 1e-9))
+        return math.floor(most + 1e-9)
 
     def _fits_one(self, room: Mapping[str, float]) -> bool:
         return all(room.get(kind, 0.0) + 1e-9 >= amount for kind, amount in self.bundle().items())

@@ -29,6 +29,7 @@ from mmsweep.budget import Budget, concurrent_runs, device_seconds, devices, of_
 from mmsweep.contents import size
 from mmsweep.grid import Grid, load_grid
 from mmsweep.launch import amount, grid_path
+from mmsweep.placement import Need
 from mmsweep.progress import duration
 from mmsweep.resources import Resources
 from mmsweep.store import RunStore, StoreError, open_store
@@ -70,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", help='such as "H100": its peak is in trainers/devices.py')
     parser.add_argument("--gpus", type=int, default=GPUS, help=f"how many there are (default: {GPUS})")
     parser.add_argument("--cpus", type=int, default=os.cpu_count(), help="for runs without GPUs")
+    parser.add_argument(
+        "--nodes", type=int, help="machines that have as many of them each (default: resources.nodes)"
+    )
     parser.add_argument(
         "--mfu", type=float, default=MFU, help=f"share of the peak that is reached (default: {MFU})"
     )
@@ -114,10 +118,16 @@ def _speed(arguments: argparse.Namespace) -> str:
 
 
 def _lanes(arguments: argparse.Namespace, grid: Grid) -> int:
-    lanes = concurrent_runs(grid.resources, gpus=arguments.gpus, cpus=arguments.cpus or 1)
+    """Runs that go at once. Where they have GPUs, CPUs are taken for granted."""
+    kind = "GPU" if grid.resources.gpus_per_worker else "CPU"
+    count = arguments.gpus if kind == "GPU" else arguments.cpus or 1
+    machines = grid.resources.nodes if arguments.nodes is None else arguments.nodes
+    if machines < 1:
+        raise InputError(f"--nodes {machines}: give a number above 0")
+    room = {"CPU": math.inf, kind: count // machines}
+    lanes = concurrent_runs(grid.resources, [room] * machines)
     if lanes < 1:
-        kind, given = ("GPUs", "--gpus") if grid.resources.gpus_per_worker else ("CPUs", "--cpus")
-        raise InputError(f"{given}: too few {kind} for one run of {grid.resources.workers} workers")
+        raise InputError(f"--{kind.lower()}s: too few {kind}s; a run needs {Need.of(grid.resources)}")
     return lanes
 
 
@@ -322,9 +332,8 @@ def _prices(run: RunConfig, resources: Resources, rate: Rate) -> tuple[int, floa
     """The fields of a RunPlan after the names."""
     price = cost(run)
     share = resources.gpus_per_worker or 1.0
-    device_seconds = price.total / rate(run)
-    seconds = device_seconds / resources.workers / share
-    return price.tokens, price.total, seconds, device_seconds / 3600, stored_bytes(run)
+    seconds = price.total / rate(run) / resources.workers / share
+    return price.tokens, price.total, seconds, seconds * devices(resources) / 3600, stored_bytes(run)
 
 
 def makespan(seconds: Iterable[float], lanes: int) -> float:

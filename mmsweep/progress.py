@@ -19,6 +19,7 @@ from rich.table import Table
 from mmsweep.agent import News
 from trainers import records
 from trainers.config import RunConfig
+from trainers.yamlfile import printable
 
 LINE_S = 15.0
 """Without a terminal, a running run gets a line at most this often."""
@@ -49,12 +50,12 @@ class Log:
         self._lock = threading.Lock()
 
     def say(self, text: str, *, error: bool = False) -> None:
-        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+        print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
         self.keep(text)
 
     def keep(self, text: str) -> None:
         """As `say`, for what is shown in another way."""
-        line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}\n"
+        line = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {printable(text)}\n"
         with self._lock:
             self._lines.append(line)
             self._bytes += len(line.encode())
@@ -179,7 +180,7 @@ class Board:
         rows = self._most_interesting()
         for row in rows:
             news = row.news
-            status = f"[{COLOURS.get(news.status, 'dim')}]{news.status}[/]"
+            status = f"[{COLOURS.get(news.status, 'dim')}]{_escape(news.status)}[/]"
             if news.reason:
                 status += f" [dim]{_escape(news.reason)}[/]"
             table.add_row(
@@ -246,4 +247,5 @@ def duration(seconds: float) -> str:
 
 
 def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
+    """Text as it is: neither markup nor control characters count."""
+    return printable(text).replace("[", "\\[")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import sys
+import tempfile
 import time
 import webbrowser
 from collections.abc import Sequence
@@ -70,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, help="folder to write to (default: STORE/report; ./report for s3)"
     )
+    parser.add_argument(
+        "--into-store", action="store_true", help="keep it in the store too, below report/, as launches do"
+    )
     parser.add_argument("--open", action="store_true", help="open the page, on a machine with a desktop")
     parser.add_argument(
         "--watch", type=float, nargs="?", const=WATCH_S, metavar="SECONDS",
@@ -94,7 +99,9 @@ class Report:
     """None is the whole store, which has at most one."""
     out: Path
     compared: bool
-    refresh: int | None
+    into_store: str = ""
+    """Key of the folder in the store that gets the files too; empty where none does, or `out` is that."""
+    refresh: int | None = None
     """Seconds after which the page loads itself again; None where nobody writes it again."""
     frames: list[Frames] = field(default_factory=list)
     seen: frozenset[Entry] = frozenset()
@@ -113,6 +120,8 @@ class Report:
                     print(frames.grid)
                 _print(t1_text(frames, t1(frames), compact=True))
             print(page)
+            if self.into_store:
+                print(f"{self.store.url}/{self.into_store}/{page.name}")
         else:
             print(self._line(page), flush=True)
         return page
@@ -124,7 +133,17 @@ class Report:
 
         grids = [None] if self.grids is None else self.grids
         self.frames = [load(self.store, grid=grid, step_rows=STEP_ROWS) for grid in grids]
-        return write_report(self.frames, self.out, compared=self.compared, refresh=self.refresh)
+        if not self.into_store:
+            return write_report(self.frames, self.out, compared=self.compared, refresh=self.refresh)
+        with tempfile.TemporaryDirectory(prefix="mmsweep-report-") as folder:  # of other reports no file
+            fresh = Path(folder)
+            page = write_report(self.frames, fresh, compared=self.compared, refresh=self.refresh)
+            shutil.copytree(fresh, self.out, dirs_exist_ok=True)
+            for path in sorted(fresh.rglob("*"), key=lambda path: path == page):  # the page comes last
+                if path.is_file():
+                    key = f"{self.into_store}/{path.relative_to(fresh).as_posix()}"
+                    self.store.objects.put_file(key, path)
+        return self.out / page.name
 
     def _statuses(self) -> list[str]:
         by_run = {
@@ -183,7 +202,10 @@ def _wanted(arguments: argparse.Namespace) -> Report:
     if grids is None and len(names) > 1:
         raise InputError(f"{store.url}: holds several grids, choose with --grid: {', '.join(names)}")
     refresh = None if seconds is None else max(2, math.ceil(seconds))
-    return Report(store, grids, arguments.out or _default_out(store, compared), bool(compared), refresh)
+    place = "/".join(["report", *(["-vs-".join(compared)] if compared else [])])
+    out = arguments.out or _default_out(store, place)
+    into_store = place if arguments.into_store and str(out) != f"{store.url}/{place}" else ""
+    return Report(store, grids, out, bool(compared), into_store, refresh)
 
 
 def _watch(report: Report, seconds: float) -> None:
@@ -205,10 +227,8 @@ def _watch(report: Report, seconds: float) -> None:
                     print(f"mmsweep report: {trouble}", file=sys.stderr, flush=True)
 
 
-def _default_out(store: RunStore, compared: Sequence[str] | None) -> Path:
-    objects = store.objects
-    out = objects.root / "report" if isinstance(objects, DirectoryStore) else Path("report")
-    return out / "-vs-".join(compared) if compared else out
+def _default_out(store: RunStore, place: str) -> Path:
+    return store.objects.root / place if isinstance(store.objects, DirectoryStore) else Path(place)
 
 
 def _print(text: Text) -> None:

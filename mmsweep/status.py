@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--grid", help="only the runs of this grid")
     parser.add_argument(
         "--watch", type=float, nargs="?", const=WATCH_S, metavar="SECONDS",
-        help=f"look again every so many seconds (default: {WATCH_S:g}) until every run has ended",
+        help=f"look again every so many seconds (default: {WATCH_S:g}) until nothing runs any more",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     try:
@@ -74,15 +75,25 @@ class View:
     """One dict a run: its summary or its status.json; `pending` where nothing is."""
     notes: list[str]
     """Who launches what, and budgets."""
+    launched: bool
+    """Somebody is at work on a grid."""
 
     def counts(self) -> str:
         states = [row["status"] for row in self.rows]
         known = [*records.STATUSES, LOST, UNREADABLE]
         others = sorted(set(states) - set(known))
-        return ", ".join(f"{states.count(s)} {s}" for s in [*known, *others] if s in states)
+        return printable(", ".join(f"{states.count(s)} {s}" for s in [*known, *others] if s in states))
 
     def exit_status(self) -> int:
         return 0 if all(row["status"] in FINE for row in self.rows) else 1
+
+    def over(self) -> bool:
+        """Whether every run has ended."""
+        return all(row["status"] in ENDED for row in self.rows)
+
+    def still(self) -> bool:
+        """Whether nothing will change before somebody launches: none runs and none is launched."""
+        return not self.launched and not any(row.get("held") for row in self.rows)
 
 
 class Survey:
@@ -119,11 +130,13 @@ class Survey:
             )
             rows = dict(zip(run_ids, found, strict=True))
             launches = dict(zip(grids, pool.map(self._launches, grids), strict=True))
-        for cell in (cell for grid, index in indices.items() if launches[grid] for cell in index["cells"]):
+        launched = {n: index for n, index in indices.items() if launches[n].alive}
+        for cell in (cell for index in launched.values() for cell in index["cells"]):
             if rows[cell["run_id"]]["status"] == records.PENDING and cell["run_id"] not in present:
                 rows[cell["run_id"]]["reason"] = "waits for its turn"
-        notes = [line for lines in launches.values() for line in lines]
-        return View(list(rows.values()), [*notes, *_budgets(indices, rows)])
+        notes = [line for known in launches.values() for line in known.lines]
+        alive = any(known.alive for known in launches.values())
+        return View(list(rows.values()), [*notes, *_budgets(indices, rows)], alive)
 
     def _index(self, grid: str) -> dict[str, Any] | None:
         try:
@@ -131,7 +144,7 @@ class Survey:
         except NotFound:  # the YAML is there, the index not yet
             return None
         except DamagedError as error:
-            print(error, file=sys.stderr)
+            print(printable(str(error)), file=sys.stderr)
             return None
 
     def _one(self, run_id: str) -> Row:
@@ -144,26 +157,45 @@ class Survey:
             status = self.store.status(run_id)
             if status is None:
                 return _nothing(run_id)
-            if status["status"] == records.RUNNING and self._is_lost(run_id):
-                status = self.store.status(run_id) or status  # it says how it ended before it lets go
-                if status["status"] == records.RUNNING:
-                    status |= {"status": LOST, "reason": "the process that worked on it is gone"}
+            if status["status"] == records.RUNNING:
+                status = self._running(run_id, status)
         except StoreError as error:
             return {"run_id": run_id, "status": UNREADABLE, "reason": str(error)}
         return {"run_id": run_id, **status}
 
-    def _is_lost(self, run_id: str) -> bool:
-        """True where it is known: nobody holds the run's lease, or a process of this machine that is gone."""
-        return all(claim.process_is_gone() for claim in self.store.workers(run_id))
+    def _running(self, run_id: str, status: Row) -> Row:
+        """The status of a run that says it is running, with `held`: whether somebody works on it.
 
-    def _launches(self, grid: str) -> list[str]:
-        lines = []
+        It is lost where that is known: nobody holds its lease, or a process of this machine that is gone.
+        """
+        owners = self.store.workers(run_id)
+        if not all(owner.process_is_gone() for owner in owners):
+            return {**status, "held": any(not owner.why_dead() for owner in owners)}
+        status = self.store.status(run_id) or status  # it says how it ended before it lets go
+        if status["status"] == records.RUNNING:
+            status |= {"status": LOST, "reason": "the process that worked on it is gone"}
+        return status
+
+    def _launches(self, grid: str) -> _Launches:
+        lines, alive = [], False
         for claim in self.store.launches(grid):
-            gone = "; its process is gone" * claim.process_is_gone()
-            lines.append(f"{grid}: launched by {claim}{gone}")
+            dead = claim.why_dead()
+            alive = alive or not dead
+            again = f"{claim.who()}, {dead}: to go on, launch the same command again"
+            lines.append(f"{grid}: launched by {again if dead else claim}")
             if said := self.store.launch_log(grid, claim.launch).splitlines()[-1:]:
                 lines.append(f"{grid}: {printable(said[0])}")
-        return lines
+        return _Launches(lines, alive)
+
+
+@dataclass(frozen=True, slots=True)
+class _Launches:
+    """Who launches a grid."""
+
+    lines: list[str]
+    """What is known of it, for people."""
+    alive: bool
+    """One of them is at work."""
 
 
 def standing(store: RunStore, grid: str | None = None) -> list[Row]:
@@ -194,7 +226,8 @@ def _budgets(indices: dict[str, dict[str, Any]], rows: dict[str, Row]) -> Iterat
             run_ids = {cell["run_id"] for cell in index["cells"]}
             spent = sum(device_seconds(rows[run_id], limit["devices"]) for run_id in run_ids) / 3600
             left = max(0.0, limit["hours"] - spent)
-            yield f"{grid}: {of_budget(limit['hours'], spent, limit['unit'])} spent, {left:.3g} left"
+            of = printable(of_budget(limit["hours"], spent, limit["unit"]))
+            yield f"{grid}: {of} spent, {left:.3g} left"
 
 
 # --- what is printed -----------------------------------------------------------------------------
@@ -219,8 +252,8 @@ def _evidence(rows: list[Row]) -> Iterator[str]:
         for failure in row.get("failures", []):
             host = f" on {failure['host']}" if failure.get("host") else ""
             what = f"{failure.get('kind', 'failure')} at step {failure.get('step', 0)}{host}"
-            reason = printable(str(failure.get("reason", "")))
-            yield f"  {row['run_id']} | try {failure.get('attempt', '?')}: {what}: {reason}"
+            tried = f"try {failure.get('attempt', '?')}: {what}: {failure.get('reason', '')}"
+            yield f"  {row['run_id']} | {printable(tried)}"
         for line in row.get("log_tail", [])[-LAST_LINES:]:
             yield f"  {row['run_id']} | {printable(line)}"
 
@@ -236,7 +269,7 @@ def _table(rows: list[Row]) -> Table:
         status, val, rate = row["status"], row.get("val_loss"), row.get("tokens_per_s")
         table.add_row(
             row["run_id"],
-            status,
+            printable(status),
             _step(row),
             "–" if val is None else f"{val:.4f}",
             "–" if rate is None or status != records.RUNNING else f"{rate:,.0f}",
@@ -267,9 +300,11 @@ def _reason(row: Row) -> str:
 
 
 def _watch(survey: Survey, seconds: float) -> int:
-    """Look until every run has ended; exit status as of one look. Ctrl-C: 0."""
+    """Look until nothing runs any more; exit status as of one look. Ctrl-C: 0."""
     with suppress(KeyboardInterrupt):
         view = _watch_table(survey, seconds) if sys.stdout.isatty() else _watch_lines(survey, seconds)
+        if not view.over():
+            print("nothing runs and nobody launches: not watching any more")
         return view.exit_status()
     return 0
 
@@ -297,29 +332,28 @@ def _watch_lines(survey: Survey, seconds: float) -> View:
             if said.get(row["run_id"]) != now:
                 said[row["run_id"]] = now
                 val = "" if row.get("val_loss") is None else f"  val {row['val_loss']:.4f}"
-                print(
-                    f"{row['run_id']}  {row['status']}  {_step(row)}{val}  {_reason(row)}".rstrip(),
-                    flush=True,
-                )
+                line = f"{row['run_id']}  {row['status']}  {_step(row)}{val}  {_reason(row)}"
+                print(printable(line).rstrip(), flush=True)
     for line in (view.counts(), *view.notes, *_evidence(view.rows)):
         print(line)
     return view
 
 
 def _views(survey: Survey, seconds: float) -> Iterator[tuple[View, str]]:
-    """One view after another until every run has ended, and why the store could not be read just now.
+    """One view after another until nothing runs any more, and why the store could not be read just now.
 
     The first look may raise; afterwards the last view stands while the store is away.
     """
-    view = survey.look()
+    view, away = survey.look(), -math.inf
     yield view, ""
-    while not all(row["status"] in ENDED for row in view.rows):
+    # After an outage all are silent: they get time to come back.
+    while not view.over() and not (view.still() and time.monotonic() - away > SILENT_S):
         time.sleep(seconds)
         trouble = ""
         try:
             view = survey.look()
         except StoreError as error:
-            trouble = str(error)
+            trouble, away = printable(str(error)), time.monotonic()
         yield view, trouble
 
 

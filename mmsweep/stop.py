@@ -18,6 +18,7 @@ from mmsweep.lease import Claim
 from mmsweep.store import NotFound, RunStore, StoreError, open_store
 from trainers import records
 from trainers.errors import InputError, did_you_mean
+from trainers.yamlfile import printable
 
 POLL_S = 1.0
 
@@ -126,7 +127,7 @@ class _Target:
                 if saved is None
                 else f"saved at step {saved} of {status.get('steps', '?')}"
             )
-            yield f"{run_id}: {status.get('status', records.PENDING)}, {step}"
+            yield printable(f"{run_id}: {status.get('status', records.PENDING)}, {step}")
 
     def _of(self) -> dict[str, str]:
         return {"grid": self.name} if self.grid else {"run_id": self.name}

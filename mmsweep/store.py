@@ -44,6 +44,7 @@ from trainers.records import (
     dumps,
     with_floats,
 )
+from trainers.yamlfile import printable
 
 __all__ = [
     "DamagedError",
@@ -347,7 +348,7 @@ class RunStore:
             what = "not JSON"
             if isinstance(error, ValidationError):
                 first = error.errors()[0]
-                what = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg'].lower()}"
+                what = printable(f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg'].lower()}")
             raise DamagedError(
                 f"{self.url}/{key}: not an object written by mmsweep ({what}); move it away"
             ) from None
@@ -426,12 +427,11 @@ class RunStore:
     def _ship_checkpoint(self, run_id: str, folder: Path, manifest: bytes, shipped: _Shipped) -> int:
         base = _key(run_id, CHECKPOINTS, folder.name)
         try:
-            files = sorted(verify(folder)["files"])
+            files = verify(folder)["files"]
             if (folder / MANIFEST).read_bytes() != manifest:
                 return 0  # of the same step, and newer: for the next call
-            self.objects.delete(f"{base}/{MANIFEST}")  # a different one of the same step
-            for file in files:
-                self.objects.put_file(f"{base}/{file}", folder / file)
+            for file, entry in files.items():
+                self.objects.put_file(f"{base}/{stored_name(file, entry)}", folder / file)
         except CorruptError as error:
             if not folder.is_dir():
                 return 0  # as below
@@ -493,7 +493,7 @@ class RunStore:
             for _ in range(2):  # the first time, the damage may have been done on the way
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-                reason = self._download(base, self.objects.get(f"{base}/{MANIFEST}"), partial)
+                reason = self._download(base, partial)
                 if reason is None:
                     shutil.rmtree(folder, ignore_errors=True)  # one without a manifest
                     partial.rename(folder)
@@ -507,14 +507,12 @@ class RunStore:
         self._quarantine(run_id, folder.name, str(reason))
         return False
 
-    def _download(self, base: str, manifest: bytes, folder: Path) -> str | None:
-        """Fetch and verify the files of a manifest; why they are no checkpoint, or None."""
+    def _download(self, base: str, folder: Path) -> str | None:
+        """Fetch one checkpoint and verify it; why it is none, or None. Raises `NotFound`: no manifest."""
+        manifest = self.objects.get(f"{base}/{MANIFEST}")
         try:
-            for file in parse_manifest(manifest, name=MANIFEST)["files"]:
-                self.objects.get_file(f"{base}/{file}", folder / file)
-            (folder / MANIFEST).write_bytes(manifest)
-            verify(folder)
-        except (CorruptError, DamagedError, NotFound, ValueError, RecursionError) as error:
+            fetch_checkpoint(self.objects, base, manifest, folder)
+        except (CorruptError, DamagedError, NotFound) as error:
             return str(error).replace(f"{folder}/", "")
         return None
 
@@ -622,6 +620,41 @@ def _launch_log(grid: str, launch: str) -> str:
 
 def _is_checkpoint(name: str) -> bool:
     return re.fullmatch(r"[0-9]{8,18}", name) is not None and checkpoint_name(int(name)) == name
+
+
+def stored_name(file: str, entry: dict[str, Any]) -> str:
+    """The name in the store of a checkpoint's file; `entry` is what the manifest says of it.
+
+    It holds the file's digest: two attempts that ship the same step, one of which has lost the run and
+    does not know yet, write no file of each other's. Either's manifest makes a whole checkpoint.
+    """
+    return f"{file}.{str(entry['sha256'])[:16]}"
+
+
+def fetch_checkpoint(objects: ObjectStore, base: str, manifest: bytes, folder: Path) -> dict[str, Any]:
+    """Fetch the files of a manifest, which is at the key `base`, and verify them; returns the manifest.
+
+    Raises:
+        NotFound: a file that the manifest names is not there.
+        DamagedError, CorruptError: the checkpoint is not what was written.
+    """
+    try:
+        for file, entry in parse_manifest(manifest, name=MANIFEST)["files"].items():
+            _fetch_file(objects, base, file, entry, folder / file)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{MANIFEST}: not a manifest ({error})") from None
+    (folder / MANIFEST).write_bytes(manifest)
+    return verify(folder)
+
+
+def _fetch_file(objects: ObjectStore, base: str, file: str, entry: dict[str, Any], path: Path) -> None:
+    try:
+        objects.get_file(f"{base}/{stored_name(file, entry)}", path)
+    except NotFound as missing:
+        try:
+            objects.get_file(f"{base}/{file}", path)  # written before names had digests
+        except NotFound:
+            raise missing from None
 
 
 def _local_checkpoints(run_dir: Path) -> dict[str, bytes]:

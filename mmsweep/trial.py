@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,8 +28,10 @@ from mmsweep.follower import FollowerProcess, Invitation
 from mmsweep.placement import Need, Watch
 from mmsweep.progress import Board
 from mmsweep.resources import Resources
+from mmsweep.scratch import scratch
 from mmsweep.workers import Span
 from trainers import records
+from trainers.provenance import checkout
 
 REPORT_S = 1.0
 FOLLOWERS_S = 120.0
@@ -201,11 +202,12 @@ def run_all(jobs: Sequence[Job], resources: Resources, board: Board) -> None:
         [need.bundle()] * need.nodes, strategy="PACK" if need.nodes == 1 else "STRICT_SPREAD"
     )
     retries = resources.max_failures + resources.max_preemptions + SPARE_RETRIES
-    with tempfile.TemporaryDirectory(prefix="mmsweep-tune-") as scratch:
+    here = checkout()
+    with scratch("tune") as folder:
         tuner = tune.Tuner(
             tune.with_resources(trial, place),
             # One list of plain dicts keeps our order; several keys would be sorted by name.
-            param_space={"job": tune.grid_search([asdict(job) for job in jobs])},
+            param_space={"job": tune.grid_search([asdict(replace(job, checkout=here)) for job in jobs])},
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=resources.max_concurrent,
                 trial_name_creator=_run_id,
@@ -213,7 +215,7 @@ def run_all(jobs: Sequence[Job], resources: Resources, board: Board) -> None:
             ),
             run_config=tune.RunConfig(
                 name="sweep",
-                storage_path=scratch,
+                storage_path=str(folder),
                 verbose=0,
                 stop=_WhenOver(watch),
                 callbacks=[_Callback(board, watch)],

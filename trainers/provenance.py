@@ -1,22 +1,27 @@
-"""Where a run's numbers come from: code, versions, machine. By allow-list; no environment is read."""
+"""Where a run's numbers come from: code, versions, machine. By allow-list, and one environment variable."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import platform
 import subprocess
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from trainers.config import RunConfig
 from trainers.devices import device_name, peak
 from trainers.flops import cost
 
+if TYPE_CHECKING:
+    import torch
+
 PACKAGES = ("torch", "numpy", "ray", "safetensors", "tiktoken", "datasets", "pydantic")
+CHECKOUT = "MMSWEEP_CHECKOUT"
+"""The variable with the launch's `checkout` as JSON, for machines whose code came without its `.git`."""
 _SOURCE = Path(__file__).parent
 
 
@@ -24,6 +29,8 @@ def provenance(
     run: RunConfig, device: torch.device, *, world_size: int, attempt: int, tokens: str
 ) -> dict[str, Any]:
     """Facts for a run's `config.json`. `tokens` is the digest of what was really read."""
+    import torch
+
     on_gpu = device.type == "cuda"
     price = cost(run)
     known = peak(device_name(device))
@@ -31,7 +38,7 @@ def provenance(
         "attempt": attempt,
         "tokens": tokens,
         "code": code_digest(),
-        "git": _git(),
+        "git": _git() or _git_elsewhere(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in ("mmsweep", *PACKAGES)},
         "cuda": torch.version.cuda if on_gpu else None,
@@ -63,6 +70,25 @@ def _git() -> dict[str, Any] | None:
         return None
     changed = _git_output("status", "--porcelain", "--untracked-files=no")
     return {"commit": commit, "dirty": bool(changed)}
+
+
+def checkout() -> dict[str, Any] | None:
+    """What other machines are to say of their code, if it is the same: digest, commit and dirtiness.
+
+    None: neither is this a checkout, nor is one known of the same code.
+    """
+    git = _git() or _git_elsewhere()
+    return None if git is None else {"code": code_digest(), **git}
+
+
+def _git_elsewhere() -> dict[str, Any] | None:
+    """Commit and dirtiness of the launch's checkout, where its trainer is this one to the byte."""
+    try:
+        told = json.loads(os.environ.get(CHECKOUT, "null")) or {}
+        git = {"commit": str(told["commit"]), "dirty": bool(told["dirty"])}
+        return git if told["code"] == code_digest() else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _git_output(*arguments: str) -> str | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +28,11 @@ from mmsweep.failures import BAD_INPUT, CRASH, HANG, KILLED, LOST, OOM, PREEMPTE
 from mmsweep.keep import garbage, problems_of
 from mmsweep.lease import claims
 from mmsweep.objects import DirectoryStore, StoreError
+from mmsweep.scratch import scratch
 from mmsweep.store import RunStore, open_store
 from mmsweep.workers import Workers
 from trainers import records
+from trainers.provenance import code_digest
 
 DEADLINE_S = 90.0
 
@@ -277,8 +281,16 @@ def _log(store: RunStore, job: Job, number: int, rank: int) -> str:
     return store.objects.get(f"runs/{job.run_id}/attempt-{number:03d}/rank-{rank}.log").decode()
 
 
-def test_a_lost_attempt_is_in_the_history_and_leaves_nobody_behind(job, store, agent_for):
-    """Its worker is paused, as while the store is away, when the agent is killed."""
+def test_a_lost_attempt_is_in_the_history_and_leaves_nothing_behind(
+    job, store, agent_for, tmp_path, monkeypatch
+):
+    """Its worker is paused, as while the store is away, when the agent is killed.
+
+    The next agent on the machine removes the folder that it worked in, and no other.
+    """
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "mmsweep-of-an-older-version").mkdir()
     wanted = job()
     first = agent_for(wanted)
     process_until(first, lambda news: news.step > 5)
@@ -291,14 +303,30 @@ def test_a_lost_attempt_is_in_the_history_and_leaves_nobody_behind(job, store, a
     assert process_until(first, lambda news: news.done).kind == LOST
     psutil.wait_procs([worker], timeout=DEADLINE_S)
     assert not worker.is_running()
+    (left,) = tmp_path.glob(f"mmsweep-{wanted.run_id}-*")
+    assert (left / "run.yaml").is_file()
 
-    news = process_until(agent_for(wanted), lambda news: news.attempt == 2)
+    with scratch("alive") as alive:
+        assert not left.exists()
+        left = Path(shutil.copytree(alive, left))  # as it was: a mark, and nobody who holds it
+        news = process_until(agent_for(wanted), lambda news: news.attempt == 2)
+        assert alive.is_dir()
+    assert not left.exists()
+    assert (tmp_path / "mmsweep-of-an-older-version").is_dir()
     wait_for(lambda: store.status(wanted.run_id)["attempt"] == 2, "its status")
     status = store.status(wanted.run_id)
     (lost,) = status["failures"]
     assert (lost["kind"], lost["attempt"], lost["launch"]) == (LOST, 1, "first launch")
     assert (news.attempt, news.tries, news.reason) == (2, 2, "")
     assert status["device_seconds"] > 0
+
+
+def test_workers_without_a_checkout_name_the_launch_s(job, store, agent_for, tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))
+    git = {"commit": "0123abcd" * 5, "dirty": True}
+    wanted = replace(job(steps=4), checkout={"code": code_digest(), **git})
+    assert process_until(agent_for(wanted), lambda news: news.done).status == records.COMPLETED
+    assert store.config(wanted.run_id)["provenance"]["git"] == git
 
 
 class Stub(Workers):

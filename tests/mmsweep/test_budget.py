@@ -60,6 +60,8 @@ def test_a_grid_s_budget_is_checked_with_its_line_and_is_in_the_index(tmp_path):
 def test_devices_are_gpus_or_workers_without():
     assert devices(Resources(workers=4, gpus_per_worker=0.5)) == 2
     assert devices(Resources(workers=4, cpus_per_worker=0.5)) == 4
+    assert devices(Resources(workers=3, gpus_per_worker=0.5)) == 2  # Ray divides one GPU, not several
+    assert devices(Resources(workers=6, nodes=2, gpus_per_worker=0.5)) == 4
     assert unit(Resources(gpus_per_worker=1.0)) == "GPU-hours"
     assert unit(Resources()) == "worker-hours"
 

@@ -198,6 +198,15 @@ def test_google_s_storage_is_named_to_every_process(node):
     assert set_here["AWS_ENDPOINT_URL"] == "https://storage.googleapis.com"
 
 
+@pytest.mark.parametrize("name", RAY_FILES)
+def test_the_head_s_chat_room_is_that_of_its_webhook_file(name, node):
+    (node / "webhook.sh").write_text("export MMSWEEP_WEBHOOK=https://chat.example/secret\n")
+    assert shell(prepared(name)["head_start_ray_commands"][-1], node).returncode == 0
+    [(command, env)] = calls(node)
+    assert command.startswith("ray start --head")
+    assert env["MMSWEEP_WEBHOOK"] == "https://chat.example/secret"
+
+
 # --- AWS -----------------------------------------------------------------------------------------
 
 
@@ -336,6 +345,8 @@ def test_kuberay_s_keys():
     assert spec["authOptions"] == {"mode": "token"}
     assert f"ray=={spec['rayVersion']}" in (ROOT / "constraints.txt").read_text().splitlines()
     assert spec["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "127.0.0.1"
+    [head] = spec["headGroupSpec"]["template"]["spec"]["containers"]
+    assert head["envFrom"] == [{"secretRef": {"name": "mmsweep-webhook", "optional": True}}]
     [group] = spec["workerGroupSpecs"]
     assert (group["replicas"], group["minReplicas"]) == (0, 0)
     for part in (spec["headGroupSpec"], group):
@@ -522,24 +533,31 @@ def test_the_dashboard_listens_on_this_machine_alone(head):
 def examine(head: Head, home: Path, first: str = "") -> list[str]:
     """Lines of the doctor about the cluster, after some code of its process."""
     code = f"import sys; from mmsweep import doctor; {first}"
-    code += "print(*(found.line() for found in doctor.check_cluster(sys.argv[1])), sep=chr(10))"
-    done = shell(f"cd {ROOT} && . cluster/environment.sh && python -c '{code}' 127.0.0.1:{head.gcs}", home)
+    code += "from mmsweep.store import open_store; objects = open_store(sys.argv[2]).objects; "
+    code += "print(*(found.line() for found in doctor.check_cluster(sys.argv[1], objects)), sep=chr(10))"
+    words = f"127.0.0.1:{head.gcs} {home / 'store'}"
+    done = shell(f"cd {ROOT} && . cluster/environment.sh && python -c '{code}' {words}", home)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
 def test_the_doctor_finds_the_cluster_sound(head, home):
     lines = examine(head, home)
-    assert [line.split()[0] for line in lines] == ["ok"] * 3
+    assert [line.split()[0] for line in lines[:3]] == ["ok"] * 3
     assert "1 node, 1 CPUs, 0 GPUs" in lines[0]
-    assert lines[1].endswith("wants a token")
-    assert "every node has python 3." in lines[2]
+    assert re.search(r"Ray at \S+ wants a token$", lines[1])
+    assert re.search(r"the jobs API at \S+ wants a token$", lines[2])
+    disks = [line for line in lines[3:] if re.match(r"warning  (cache|runs) ", line)]  # small or slow here
+    if not disks:
+        assert re.search(r"every node has python 3\..*, and sound devices, disks, store and clock$", lines[3])
+    assert len(lines) == 3 + (len(disks) or 1)
+    assert list((home / "store").rglob("*")) == []
 
 
 def test_the_doctor_finds_a_node_with_other_versions(head, home):
-    *_, last = examine(head, home, 'doctor._version = lambda package: "9.9.9"; ')  # of this process alone
-    assert last.startswith("problem  cluster  node ")
-    assert re.search(r"differs: mmsweep \S+ \(here 9\.9\.9\), ray 2\.", last)
+    lines = examine(head, home, 'doctor._version = lambda package: "9.9.9"; ')  # of this process alone
+    [problem] = [line for line in lines if line.startswith("problem")]
+    assert re.search(r" node \S+ differs: mmsweep \S+ \(here 9\.9\.9\), ray 2\.", problem)
 
 
 STANDS_IN_FOR_AN_AGENT = """
@@ -634,6 +652,21 @@ def test_a_notice_saves_the_runs_and_drains_the_node(cloud, deadline, head, node
     assert re.fullmatch(r"[0-9a-f]{56}", words[words.index("--node-id") + 1])
     assert words[words.index("--reason") + 1] == "DRAIN_NODE_REASON_PREEMPTION"
     assert words[-2:] == ["--deadline-remaining-seconds", deadline]
+
+
+def test_an_agent_that_starts_before_ray_hears_of_the_notice_is_told(few_processes, stand_in, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    notice = importlib.import_module("spot_notice")
+    told = [stand_in(*AGENT)]
+
+    def drain(*_: object) -> bool:
+        told.append(stand_in(*AGENT))
+        return True
+
+    monkeypatch.setattr(notice, "nodes", lambda _: [("127.0.0.1:6379", "the node")])
+    monkeypatch.setattr(notice, "drain", drain)
+    assert notice.main(["--now", "--poll", "0.01", "--proc", str(few_processes)]) == 0
+    assert [path.exists() for path in told] == [True, True]
 
 
 def test_only_what_a_launch_has_started_is_told(node, few_processes, stand_in, monkeypatch):

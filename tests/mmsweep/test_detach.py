@@ -10,10 +10,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import psutil
 import pytest
+from http_service import HttpService
 from tiny import write_texts
 
 from mmsweep.__main__ import main as mmsweep
@@ -51,8 +53,8 @@ def write(folder: Path, texts: str, steps: int = 12) -> Path:
         ([], HERE, '--detach wants the --address of the cluster\'s dashboard, as in http://127.0.0.1:8265'),
         (["--address", "auto"], HERE, "--address auto: with --detach name the cluster's dashboard"),
         (["--address", "http://[x"], HERE, "--address http://[x: not a URL"),
-        (["--address", "http://192.0.2.1:8265"], HERE, "refusing '192.0.2.1:8265': a Ray cluster"),
-        (["--address", "https://192.0.2.1"], HERE, "refusing '192.0.2.1:8265': a Ray cluster"),
+        (["--address", "http://192.0.2.1:8265"], HERE, "without https the token can be read on the way"),
+        (["--address", "https://127.0.0.1:1"], HERE, "https://127.0.0.1:1: "),
         (["--address", "http://127.0.0.1:1"], HERE, "http://127.0.0.1:1: "),
         (["--address", "http://127.0.0.1:1"], "texts/*.txt", 'data.path "texts/*.txt" is relative to'),
         (["--store", "./results"], HERE, 'store "./results" would be a folder of whichever'),
@@ -71,6 +73,40 @@ def test_what_cannot_be_sent_is_refused_in_one_line(tmp_path, monkeypatch, capsy
     assert said in err
     assert "secret/" not in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "mode", "said"),
+    [
+        (200, "token", "without a token it answers HTTP 200, not 401: it runs code for anyone"),
+        (404, "token", "without a token it answers HTTP 404"),
+        (401, "", "wants a token: set RAY_AUTH_MODE=token"),
+    ],
+)
+def test_a_dashboard_is_asked_without_the_token_first(tmp_path, monkeypatch, capsys, answer, mode, said):
+    asked: list[tuple[str, str | None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers["Authorization"]))
+            self.send_response(answer)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
+    grid, service = write(tmp_path, HERE), HttpService(Handler)
+    try:
+        words = ["launch", str(grid), "--detach", "--store", "s3://bucket/c", "--address", service.url]
+        assert mmsweep(words) == 2
+    finally:
+        service.stop()
+    [line] = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert asked == [("/api/jobs/", None)]
 
 
 def test_the_same_runs_into_the_same_store_have_one_name(tmp_path):

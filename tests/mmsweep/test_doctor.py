@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,6 +211,42 @@ def test_uploads_that_cannot_be_seen(between):
     assert "problem" not in levels(found)
 
 
+def test_a_node_that_shares_the_store_finds_the_mark_and_tries_every_right(store_url):
+    with doctor.marked(open_store(store_url).objects) as mark:
+        store, clock = doctor._from_here(mark)
+    assert levels([store, clock]) == ["ok"] * 2
+    assert store.what.endswith(": writing, reading, listing, overwriting, deleting")
+    assert open_store(store_url).objects.children("") == []
+
+
+def test_a_node_with_a_folder_of_its_own_is_found(tmp_path):
+    with doctor.marked(open_store(str(tmp_path / "here")).objects) as mark:
+        [found] = doctor._from_here(replace(mark, store=str(tmp_path / "there")))
+    assert found.level == "problem"
+    assert "is not the store of the machine that asks" in found.what
+    assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.s3
+def test_a_node_without_the_right_to_write_is_found(between):
+    with doctor.marked(open_store(between.bucket_url).objects) as mark:
+        between.refused = lambda method, path: method == "PUT"
+        [found] = doctor._from_here(mark)
+    assert (found.level, found.subject) == ("problem", "store")
+    assert found.what.startswith("writing: ")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "plain"),
+    [("http://192.0.2.1:9000", True), ("https://192.0.2.1:9000", False), ("http://127.0.0.1:9000", False)],
+)
+def test_a_service_that_encrypts_nothing(aws, endpoint, plain):
+    aws.setenv("AWS_ENDPOINT_URL", endpoint)
+    found = list(doctor._encryption(open_store("s3://bucket/sweeps").objects))
+    assert levels(found) == (["warning"] if plain else [])
+    assert all(finding.what.startswith(f"{endpoint}: requests are signed") for finding in found)
+
+
 def test_a_store_that_is_a_file(tmp_path):
     (tmp_path / "store").write_text("")
     [problem] = examine(str(tmp_path / "store"))
@@ -361,9 +398,14 @@ def test_clusters_that_cannot_be_used(address, words, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("answer", "level", "words"), [(200, "warning", "runs code for anyone"), (401, "ok", "wants a token")]
+    ("answer", "safe", "level", "words"),
+    [
+        (200, True, "warning", "runs code for anyone"),
+        (200, False, "problem", "runs code for anyone"),
+        (401, False, "ok", "wants a token"),
+    ],
 )
-def test_whether_jobs_need_a_token(answer, level, words, monkeypatch):
+def test_whether_jobs_need_a_token(answer, safe, level, words):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(answer if self.path == "/api/jobs/" else 404)
@@ -375,10 +417,17 @@ def test_whether_jobs_need_a_token(answer, level, words, monkeypatch):
 
     service = HttpService(Handler)
     try:
-        url = service.url.removeprefix("http://")
-        monkeypatch.setattr("ray._private.worker.get_dashboard_url", lambda: url)
-        [found] = doctor._dashboard()
+        found = doctor._jobs_api(service.url.removeprefix("http://"), safe=safe)
     finally:
         service.stop()
     assert found.level == level
     assert words in found.what
+
+
+@pytest.mark.parametrize(
+    ("asks", "here_alone", "level"),
+    [(True, False, "ok"), (None, False, "warning"), (False, True, "warning"), (False, False, "problem")],
+)
+def test_a_cluster_that_is_open_is_a_problem_also_without_a_dashboard(asks, here_alone, level):
+    assert doctor._ray_itself("192.0.2.1:6379", asks, here_alone=here_alone).level == level
+    assert doctor._jobs_api("", safe=False).what == "no dashboard, and so no jobs API"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import psutil
 import pytest
 from tiny import processes, tiny_run, wait_for
 
-from mmsweep.follower import FollowerProcess, Invitation
+from mmsweep.follower import Follower, FollowerProcess, Invitation
 from mmsweep.workers import EXIT_STOPPED, LOOPBACK, Span, Workers
 
 LONG = 100_000
@@ -165,6 +167,47 @@ def test_without_the_token_nothing_is_started(run_of, follower, tmp_path):
     with Workers(run_of(LONG), tmp_path, 1, 2, span(follower, token="guess")) as workers:
         wait_for(lambda: bool(workers.lost), "the refusal")
         assert follower_process().children() == []
+
+
+@contextlib.contextmanager
+def trickling(launcher_gone: threading.Event) -> Iterator[tuple[threading.Thread, socket.socket]]:
+    """A follower's thread, and one who has connected and sends a byte now and then, but never a line."""
+    follower = Follower(Invitation(LOOPBACK, "token"), launcher_gone, threading.Event())
+    over = threading.Event()
+    with socket.create_connection((LOOPBACK, follower.port)) as stranger:
+
+        def trickle() -> None:
+            with contextlib.suppress(OSError):
+                while not over.wait(0.02):
+                    stranger.sendall(b" ")
+
+        threads = [threading.Thread(target=target) for target in (follower.serve, trickle)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield threads[0], stranger
+        finally:
+            launcher_gone.set()
+            over.set()
+            threads[1].join()
+    threads[0].join()
+
+
+def test_who_never_comes_to_the_point_is_sent_away(monkeypatch):
+    monkeypatch.setattr("mmsweep.follower.HELLO_S", 0.5)
+    with trickling(threading.Event()) as (_, stranger):
+        stranger.settimeout(60)
+        with contextlib.suppress(ConnectionResetError):
+            assert stranger.recv(1) == b""
+
+
+def test_a_follower_ends_with_its_launcher_whoever_is_talking(monkeypatch):
+    monkeypatch.setattr("mmsweep.follower.HELLO_S", 600)
+    launcher_gone = threading.Event()
+    with trickling(launcher_gone) as (serving, _):
+        launcher_gone.set()
+        serving.join(60)
+        assert not serving.is_alive()
 
 
 def test_a_follower_that_is_not_there_is_a_lost_machine(run_of, tmp_path):

@@ -9,16 +9,24 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from test_notify import Room
 from tiny import processes, wait_for
 
+from mmsweep import launch as launch_module
+from mmsweep.agent import Job, News
+from mmsweep.cluster import Capacity
 from mmsweep.grid import load_grid
-from mmsweep.store import RunStore, open_store
+from mmsweep.placement import Node
+from mmsweep.progress import Board
+from mmsweep.store import RunStore, StoreError, open_store
 from trainers import records
 from trainers.corpus import identify
 
@@ -376,6 +384,143 @@ def test_more_than_the_machine_has_is_refused(grid, tmp_path):
     assert line.startswith("a run needs ")
     assert "1 GPU" in line
     assert line.endswith("or name a cluster with --address")
+
+
+# --- launches that end otherwise, on a stand-in for Ray --------------------------------------------
+
+
+class Cluster:
+    """Has room for one run, and finishes each in no time; then does what it is told to."""
+
+    def __init__(self, store: RunStore) -> None:
+        self.store = store
+        self.waves: list[list[str]] = []
+        self.then: Callable[[], object] = lambda: None
+
+    def run_all(self, jobs: Sequence[Job], _: object, board: Board) -> None:
+        signal.signal(signal.SIGINT, lambda *_: None)  # what Tune leaves behind
+        self.waves.append([job.run_id for job in jobs])
+        for job in jobs:
+            result = {"status": records.COMPLETED, "steps": STEPS, "horizon": STEPS}
+            taken = {"final_val_loss": 2.0, "device_seconds": 36.0}
+            self.store.put_summary(job.run_id, {**result, **taken})
+            board.heard(job.run_id, News(records.COMPLETED, step=STEPS, done=True))
+        self.then()
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch) -> Cluster:
+    stand_in = Cluster(open_store(str(tmp_path / "store")))
+    monkeypatch.setattr(launch_module, "connect", lambda _: contextlib.nullcontext(Capacity(1, 0, 1)))
+    monkeypatch.setattr(launch_module, "nodes", lambda: [Node("a", {"CPU": 1.0}, {"CPU": 1.0})])
+    monkeypatch.setattr(launch_module, "to_come", list)
+    monkeypatch.setattr(launch_module, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(launch_module, "_report", lambda *_, **__: 0)
+    monkeypatch.setitem(sys.modules, "mmsweep.trial", SimpleNamespace(run_all=stand_in.run_all))
+    return stand_in
+
+
+class Outage:
+    """From `begin` on the store answers no listing, for a minute at most."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.until = 0.0
+        self.asked = 0
+        facts = RunStore.facts
+
+        def away(store: RunStore) -> dict[str, set[str]]:
+            if time.monotonic() > self.until:
+                return facts(store)
+            self.asked += 1
+            raise StoreError("s3://b: the service is failing or overloaded; try again later (SlowDown)")
+
+        monkeypatch.setattr(RunStore, "facts", away)
+
+    def begin(self, then: Callable[[], object]) -> None:
+        """`then`: what happens when the store has been asked for the second time."""
+        self.asked, self.until = 0, time.monotonic() + 60
+
+        def watch() -> None:
+            wait_for(lambda: self.asked > 1, "questions", seconds=60)
+            then()
+
+        threading.Thread(target=watch, daemon=True).start()
+
+    def end(self) -> None:
+        self.until = 0.0
+
+
+@pytest.fixture
+def outage(monkeypatch) -> Outage:
+    return Outage(monkeypatch)
+
+
+@pytest.fixture
+def tell(cluster, grid, room, capsys) -> Callable[[], tuple[int, list[str], list[str]]]:
+    """Launches the grid on a budget, one run at a time, into a store that is new; returns the exit
+    status, what was printed and what the room was told."""
+
+    def call() -> tuple[int, list[str], list[str]]:
+        path = grid(**{"name: tiny": "name: tiny\nbudget: {gpu_hours: 1}"})
+        code = launch_module.main([str(path), "--store", cluster.store.url, "--webhook", room.url])
+        printed = capsys.readouterr()
+        return code, (printed.out + printed.err).splitlines(), [each["text"] for each in room.taken]
+
+    return call
+
+
+def kept(store: RunStore) -> list[str]:
+    """The lines of a launch's log in the store, without the times."""
+    (log,) = store.objects.list("grids/tiny.launches")
+    return [line[20:] for line in store.objects.get(log).decode().splitlines()]
+
+
+def test_a_store_that_is_away_between_two_waves_and_at_the_end_is_waited_for(cluster, outage, tell):
+    cluster.then = lambda: outage.begin(outage.end)
+    code, printed, told = tell()
+    assert code == 0
+    assert [len(wave) for wave in cluster.waves] == [1, 3]  # then the price is known, and the budget has room
+    waits = [line for line in printed if "the store" in line]
+    assert waits == ["tiny: waiting for the store: s3://b: the service is failing or overloaded; "
+                     "try again later (SlowDown)", "tiny: the store is back"] * 2  # fmt: skip
+    assert re.fullmatch(r"tiny: 4 of 4 runs done in [\d:]+", told[-1])
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_a_store_that_stays_away_ends_a_launch_with_what_is_known(cluster, outage, tell, monkeypatch, by):
+    monkeypatch.setattr(launch_module, "LAST_S", 0.2)
+    cluster.then = lambda: outage.begin(lambda: os.kill(os.getpid(), by))
+    code, printed, (end,) = tell()
+    assert code == 1
+    assert [len(wave) for wave in cluster.waves] == [1]
+    why = "stopped by Ctrl-C" if by == signal.SIGINT else "stopped by SIGTERM"
+    known = r"1/4 done \(as known here: the store does not answer\) in [\d:]+"
+    assert f"tiny: {why}" in printed
+    assert re.fullmatch(known, printed[-2])
+    assert printed[-1] == "the same command goes on from here"
+    assert re.fullmatch(rf"tiny: {known}; {why}", end)
+    assert kept(cluster.store) == printed
+
+
+def test_an_exception_that_ends_a_launch_is_in_its_log_and_told(cluster, tell, room):
+    def breaks() -> None:
+        raise RuntimeError("GCS is gone\nand so on")
+
+    cluster.then = breaks
+    with pytest.raises(RuntimeError):
+        tell()
+    assert kept(cluster.store)[-1] == "tiny: ended: RuntimeError: GCS is gone"
+    (message,) = room.taken
+    assert re.fullmatch(r"the launch of .*tiny\.yaml has ended: RuntimeError: GCS is gone", message["text"])
+    assert cluster.store.launches("tiny") == []
+
+
+def test_bad_input_is_told_where_nobody_may_look(tmp_path, room):
+    assert launch_module.main([str(tmp_path / "none.yaml"), "--webhook", room.url]) == 2
+    (message,) = room.taken
+    path = tmp_path / "none.yaml"
+    assert message["text"] == f"the launch of {path} has ended: {path}: no such file: check the path"
 
 
 # --- planning ------------------------------------------------------------------------------------

@@ -351,6 +351,51 @@ def test_a_lost_answer_to_one_s_own_write_is_no_rival(tmp_path):
     assert objects.list("grids") == []
 
 
+class Slow(DirectoryStore):
+    """Holds one operation up, from when it is asked to: a `put`, one whose answer is lost, or a listing."""
+
+    def __init__(self, root: Path, which: str) -> None:
+        super().__init__(root)
+        self.which = which
+        self.slow, self.under_way, self.go_on = threading.Event(), threading.Event(), threading.Event()
+
+    def hold_up(self) -> None:
+        if self.slow.is_set():
+            self.under_way.set()
+            assert self.go_on.wait(60)
+
+    def put(self, key: str, data: bytes) -> None:
+        if self.which != "list":
+            self.hold_up()
+        super().put(key, data)
+        if self.which == "lost" and self.slow.is_set():
+            raise StoreError("no answer")
+
+    def children(self, prefix: str) -> list[str]:
+        if self.which == "list" and threading.current_thread().name.startswith("lease "):
+            self.hold_up()
+        return super().children(prefix)
+
+
+@pytest.mark.parametrize("which", ["put", "lost", "list"])
+def test_a_heartbeat_that_comes_after_the_release_brings_nothing_back(tmp_path, monkeypatch, which):
+    monkeypatch.setattr(leases, "GAP_S", 0.05)
+    objects = Slow(tmp_path, which)
+    fenced = threading.Event()
+    before = set(threading.enumerate())
+    with Lease(objects, FOLDER, "one", beat_s=0.01, on_lost=fenced.set) as lease:
+        assert lease.acquire() is None
+        (keeper,) = set(threading.enumerate()) - before
+        objects.slow.set()
+        assert objects.under_way.wait(60)
+    assert claims(objects, FOLDER) == []
+    objects.go_on.set()
+    keeper.join(60)
+    assert not keeper.is_alive()
+    assert objects.list("grids") == []
+    assert not fenced.is_set()
+
+
 def test_an_outage_is_not_taken_for_an_owner_s_silence(tmp_path, monkeypatch):
     """Between two looks the store may have been away for the owner too."""
     monkeypatch.setattr(leases, "GAP_S", 0.05)

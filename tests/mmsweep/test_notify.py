@@ -10,9 +10,10 @@ from http.server import BaseHTTPRequestHandler
 
 import pytest
 from http_service import HttpService
+from tiny import wait_for
 
 from mmsweep.attendant import Attendant
-from mmsweep.notify import MOST_CHARACTERS, VARIABLE, Webhook, webhook
+from mmsweep.notify import MOST_CHARACTERS, VARIABLE, GivenUp, Webhook, webhook
 from mmsweep.progress import Log
 from mmsweep.store import DirectoryStore, RunStore, StoreError
 from trainers.errors import InputError
@@ -22,6 +23,9 @@ class Room(HttpService):
     """A chat room: answers with the given statuses in turn, then 200, and keeps what it took."""
 
     def __init__(self, *answers: int, location: str = "") -> None:
+        self.open = threading.Event()
+        """Nobody gets an answer before."""
+        self.open.set()
         self.refusals = list(answers)
         self.asked = 0
         self.taken: list[dict[str, str]] = []
@@ -32,6 +36,7 @@ class Room(HttpService):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 status = outer.refusals.pop(0) if outer.refusals else 200
                 outer.asked += 1
+                assert outer.open.wait(60)
                 if status == 200:
                     assert self.headers["Content-Type"] == "application/json"
                     outer.taken.append(json.loads(body))
@@ -65,6 +70,28 @@ def test_a_message_arrives_once_after_a_refusal(rooms):
     assert first == {"text": "paper: 25 of 25 runs done", "content": "paper: 25 of 25 runs done"}
     assert rooms[0].asked == 3
     assert len(second["content"]) == MOST_CHARACTERS
+
+
+def test_the_end_goes_ahead_and_many_runs_are_one_message(rooms):
+    rooms.append(Room())
+    (room,) = rooms
+    room.open.clear()
+    with Webhook(room.url) as hook:
+        hook.send_given_up(GivenUp("paper", "a-s0-0123abcd", "failed", "at step 4: boom"))
+        wait_for(lambda: room.asked == 1, "the first message")
+        for seed in range(1, 151):
+            how = "failed" if seed % 3 else "quarantined"
+            hook.send_given_up(GivenUp("paper", f"a-s{seed}-0123abcd", how, "at step 4: boom"))
+        hook.send("paper: the store is back after 12:05")
+        hook.end("paper: 850 of 1000 runs done; 101 failed, 50 quarantined")
+        room.open.set()
+    first, end, back, others = [message["text"] for message in room.taken]
+    assert first == "paper: a-s0-0123abcd failed at step 4: boom"
+    assert end == "paper: 850 of 1000 runs done; 101 failed, 50 quarantined"
+    assert back == "paper: the store is back after 12:05"
+    assert others.startswith(
+        "paper: 150 more runs: 100 failed, 50 quarantined; a-s1-0123abcd, a-s2-0123abcd, "
+    )
 
 
 def test_three_refusals_are_enough_and_are_said_once_without_the_url(rooms, capsys):

@@ -102,6 +102,29 @@ def test_a_run_fits_where_enough_machines_have_all_of_it():
     assert not need.fits([{"CPU": 8, "GPU": 8}])  # on two machines, not twice on one
 
 
+@pytest.mark.parametrize(
+    ("resources", "gpus", "runs"),
+    [
+        ({"gpus_per_worker": 1.0}, [8], 8),
+        ({"gpus_per_worker": 1.0, "workers": 3}, [8], 2),
+        ({"gpus_per_worker": 0.5}, [8], 16),
+        ({"gpus_per_worker": 0.3}, [2], 6),  # a GPU holds three, and the rest of two GPUs is no fourth
+        ({"gpus_per_worker": 0.6}, [8], 8),
+        ({"gpus_per_worker": 0.5, "workers": 3}, [1], 0),
+        ({"gpus_per_worker": 0.5, "workers": 3}, [3], 1),
+        ({"gpus_per_worker": 0.55, "workers": 20}, [11], 1),
+        ({"gpus_per_worker": 1.0, "workers": 4}, [6, 6], 2),
+        ({"gpus_per_worker": 1.0, "workers": 4, "nodes": 2}, [8, 3, 2], 2),
+        ({"gpus_per_worker": 1.0, "workers": 4, "nodes": 2}, [80, 2], 1),  # never twice on the large one
+        ({"cpus_per_worker": 1.6}, [0], 40),
+        ({"cpus_per_worker": 33.0, "workers": 2}, [0], 0),
+    ],
+)
+def test_how_many_runs_machines_hold(resources, gpus, runs):
+    need = Need.of(Resources.model_validate(resources))
+    assert need.most([{"CPU": 64.0, "GPU": count} for count in gpus]) == runs
+
+
 def test_a_run_that_no_node_can_hold_is_told_with_the_fix():
     resources = Resources(workers=4, gpus_per_worker=1.0)
     (said,) = check_room(resources, [node("a", 16, 2), node("b", 16, 2)], [], local=False)

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmsweep.__main__ import main as mmsweep
+from mmsweep.budget import concurrent_runs
 from mmsweep.grid import Grid, load_grid
 from mmsweep.plan import (
-    concurrent_runs,
     makespan,
     measured_rate,
     peak_rate,
@@ -90,6 +90,10 @@ def test_hours_follow_from_flops_and_a_share_of_the_peak(grid):
     by_four = plan(Grid(**{**vars(grid), "resources": alone}), peak_rate("H100", 0.4), 8, set())
     assert by_four.todo[0].seconds == pytest.approx(made.todo[0].seconds / 4)
     assert by_four.todo[0].gpu_hours == pytest.approx(made.todo[0].gpu_hours)
+    # Three halves of a GPU take two GPUs from everybody else.
+    by_three = Resources(workers=3, gpus_per_worker=0.5)
+    wasteful = plan(Grid(**{**vars(grid), "resources": by_three}), peak_rate("H100", 0.4), 8, set())
+    assert wasteful.todo[0].gpu_hours == pytest.approx(made.todo[0].gpu_hours * 4 / 3)
 
 
 def test_the_peak_is_that_of_the_precision(grid):
@@ -131,19 +135,22 @@ def test_no_runs_take_no_time():
 @pytest.mark.parametrize(
     ("resources", "gpus", "runs"),
     [
-        ({"gpus_per_worker": 1.0}, 8, 8),
-        ({"gpus_per_worker": 1.0, "workers": 3}, 8, 2),
-        ({"gpus_per_worker": 0.5}, 8, 16),
-        ({"gpus_per_worker": 0.3}, 2, 6),  # a GPU holds three, and the rest of two GPUs is no fourth
-        ({"gpus_per_worker": 0.6}, 8, 8),
-        ({"gpus_per_worker": 0.5, "workers": 3}, 1, 0),
-        ({"gpus_per_worker": 1.0, "max_concurrent": 2}, 8, 2),
-        ({"cpus_per_worker": 0.1}, 0, 40),
-        ({"cpus_per_worker": 2.0, "workers": 2}, 0, 1),
+        ({"gpus_per_worker": 1.0, "max_concurrent": 2}, [8], 2),
+        ({"gpus_per_worker": 1.0, "workers": 4}, [12], 3),
+        ({"gpus_per_worker": 1.0, "workers": 4}, [6, 6], 2),
+        ({"gpus_per_worker": 0.5, "workers": 3}, [3], 1),
     ],
 )
 def test_runs_that_go_at_once(resources, gpus, runs):
-    assert concurrent_runs(Resources(**resources), gpus=gpus, cpus=4) == runs
+    rooms = [{"CPU": math.inf, "GPU": count} for count in gpus]
+    assert concurrent_runs(Resources(**resources), rooms) == runs
+
+
+@pytest.mark.parametrize(("nodes", "at_once"), [([], 3), (["--nodes", "2"], 2)])
+def test_no_run_spans_two_machines_that_is_not_told_to(path, capsys, nodes, at_once):
+    path.write_text(path.read_text().replace("2, gpus_per_worker: 0.5", "4, gpus_per_worker: 1"))
+    _, out, _ = call(capsys, path, "--gpu", "H100", "--gpus", "12", "--fresh", *nodes)
+    assert f"12 runs to train, 0 finished; {at_once} at once, " in out
 
 
 # Measured speed
@@ -317,7 +324,8 @@ def test_the_plan_is_printed_by_arm(path, grid, capsys, tmp_path):
         (["--gpu", "H1000"], '--gpu "H1000" is not in the table of peaks; it has A10, A100,'),
         ([], "--gpu is missing: name the GPU, as in --gpu H100"),
         (["--gpu", "H100", "--mfu", "35"], "--mfu 35: give a share between 0 and 1"),
-        (["--gpu", "H100", "--gpus", "0"], "--gpus: too few GPUs for one run of 2 workers"),
+        (["--gpu", "H100", "--gpus", "0"], "--gpus: too few GPUs; a run needs 2 CPUs and 1 GPU on one node"),
+        (["--gpu", "H100", "--nodes", "0"], "--nodes 0: give a number above 0"),
         (["--gpu", "H100", "--price", "-1"], "--price -1: give a number above 0"),
         (["--gpu", "H100", "--gap", "0.01"], "--gap needs --sigma, or --pilot STORE"),
         (["--gpu", "H100", "--gap", "0", "--sigma", "1"], "--gap 0 at sigma 1: give numbers above 0"),

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 from rich.console import Console
 
 from mmsweep.agent import News
-from mmsweep.cluster import check_authentication, connect
+from mmsweep.cluster import _check_token, asks_for_token, check_authentication, connect
 from mmsweep.progress import Board, Log, duration
 from trainers import records
 from trainers.config import RunConfig
@@ -114,13 +119,13 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:6379", "localhost:6379", "ray://127.0.0.1:10001", "local"])
+@pytest.mark.parametrize("address", ["127.0.0.1:6379", "localhost:6379", "[::1]:6379"])
 def test_loopback_needs_no_token(address, monkeypatch):
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     check_authentication(address)
 
 
-@pytest.mark.parametrize("address", ["192.0.2.1:6379", "ray://192.0.2.1:10001", "no-such-host.invalid:6379"])
+@pytest.mark.parametrize("address", ["192.0.2.1:6379", "no-such-host.invalid:6379"])
 def test_other_machines_need_a_token(address, monkeypatch):
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(InputError, match="without authentication runs code for anyone"):
@@ -129,6 +134,92 @@ def test_other_machines_need_a_token(address, monkeypatch):
     check_authentication(address)
 
 
-def test_a_dead_address_is_one_line():
-    with pytest.raises(InputError, match=r"nothing answers at '127\.0\.0\.1:1'"), connect("127.0.0.1:1"):
+def refusal(address: str) -> str:
+    with pytest.raises(InputError) as refused, connect(address):
         pass
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_a_dead_address_is_one_line():
+    assert "nothing answers at '127.0.0.1:1'" in refusal("127.0.0.1:1")
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "http://127.0.0.1:8265"])
+def test_a_url_is_no_cluster_to_join(address, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert refusal(address).startswith(f"{address}: name the cluster as host:port, on one of its machines")
+
+
+def test_auto_is_checked_where_ray_finds_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", frozenset)  # none of other tests
+    assert "--address auto: this machine belongs to no Ray cluster" in refusal("auto")
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("192.0.2.1:6379")
+    assert "refusing '192.0.2.1:6379': a Ray cluster without authentication" in refusal("auto")
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
+    assert refusal("auto").startswith("ray://127.0.0.1:10001: name the cluster")
+
+
+@pytest.fixture
+def gcs() -> Iterator[Callable[[bool], str]]:
+    """Starts what answers as the head of a cluster does, with a token or without; returns host:port."""
+    servers = []
+
+    def start(closed: bool) -> str:
+        def answer(_: bytes, call: grpc.ServicerContext) -> bytes:
+            if closed and "authorization" not in dict(call.invocation_metadata()):
+                call.abort(grpc.StatusCode.UNAUTHENTICATED, "no token")
+            return b""
+
+        server = grpc.server(ThreadPoolExecutor(1))
+        alive = {"CheckAlive": grpc.unary_unary_rpc_method_handler(answer)}
+        service = grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", alive)
+        server.add_generic_rpc_handlers((service,))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        servers.append(server)
+        return f"127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        server.stop(None).wait()
+
+
+def test_what_a_cluster_answers_counts_not_what_we_say(gcs, monkeypatch):
+    opened, closed = gcs(False), gcs(True)
+    assert (asks_for_token(opened), asks_for_token(closed)) == (False, True)
+    assert asks_for_token("127.0.0.1:1") is None
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(InputError, match=f"{closed} wants a token: set RAY_AUTH_MODE=token"):
+        _check_token(closed)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setattr("mmsweep.cluster.is_loopback", lambda host: False)
+    assert refusal(opened).startswith(f"refusing '{opened}': it asks for no token")
+
+
+LOCAL = """
+import os, pathlib, sys
+from mmsweep.cluster import _keep_others_out, asks_for_token, connect
+os.umask(0o022)
+token = pathlib.Path.home() / ".ray" / "auth_token"
+_keep_others_out()
+made = token.read_text(), oct(token.stat().st_mode)[-3:]
+token.chmod(0o644)
+with connect("local"):
+    import ray
+    closed = asks_for_token(ray.get_runtime_context().gcs_address)
+print(len(made[0]), made[1], oct(token.stat().st_mode)[-3:], token.read_text() == made[0], closed)
+"""
+
+
+def test_a_ray_of_our_own_is_closed_and_nobody_else_reads_its_token(tmp_path, monkeypatch):
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", LOCAL], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["64 600 600 True True"], done.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mmsweep.__main__ import main as mmsweep
+from mmsweep.lease import Claim
 from mmsweep.objects import DirectoryStore, Keys
 from mmsweep.status import LOST, Survey, standing
 from mmsweep.store import RunStore, open_store
@@ -194,6 +195,55 @@ def test_why_a_run_waits(tmp_path, capsys):
     assert "tiny: 12:01 2 runs wait: each needs 2 GPUs\n" in out
 
 
+def left_behind(store: RunStore, **changes: object) -> Claim:
+    """The claim of a launch that is gone."""
+    with store.grid_lease("tiny", "tiny-1") as lease:
+        assert lease.acquire() is None
+        (claim,) = store.launches("tiny")
+    claim = claim.model_copy(update=changes)
+    store.objects.put(f"grids/tiny.lease/{claim.nonce}.json", claim.model_dump_json().encode())
+    return claim
+
+
+@pytest.mark.parametrize(
+    ("gone", "why"),
+    [
+        ({"machine": "elsewhere", "heartbeat": 1_700_000_000.0}, "silent since 2023-11-14 22:13:20 UTC"),
+        ({"process_start": 1}, "its process is gone"),
+    ],
+)
+def test_a_dead_launch_is_named_with_the_way_out_and_nobody_waits_for_it(tmp_path, capsys, gone, why):
+    store = open_store(str(tmp_path))
+    put_grid(store, [name("a")])
+    claim = left_behind(store, **gone)
+    code, out, _ = shown(capsys, tmp_path, "--watch", "0.1")
+    assert code == 0
+    assert out.splitlines() == [
+        f"{name('a')}  pending  –",
+        "1 pending",
+        f"tiny: launched by {claim.who()}, {why}: to go on, launch the same command again",
+        "nothing runs and nobody launches: not watching any more",
+    ]
+
+
+def test_what_a_store_holds_does_not_steer_the_terminal(tmp_path, capsys):
+    store = open_store(str(tmp_path))
+    escape = "\x1b]0;owned\x07\x1b[2J"
+    put_grid(store, [name("a"), name("b"), name("c")],
+             budget={"hours": 4.0, "unit": escape, "devices": 1.0})  # fmt: skip
+    left_behind(store, machine="elsewhere", heartbeat=0.0, launch=f"L{escape}", host=f"h{escape}")
+    store.put_launch_log("tiny", f"L{escape}", f"12:00 {escape}\n")
+    store.put_status(name("a"), {"status": f"failed{escape}", "reason": escape})
+    failure = {"attempt": escape, "kind": escape, "step": escape, "host": escape, "reason": escape}
+    ended = {"status": "failed", "reason": escape, "failures": [failure], "log_tail": [escape]}
+    store.put_status(name("b"), ended)
+    store.objects.put(f"runs/{name('c')}/status.json", b"{")
+    for options in ((), ("--watch", "0.1")):
+        _, out, err = shown(capsys, tmp_path, *options)
+        assert out.count("\\x1b[2J") > 10
+        assert all(c.isprintable() for c in (out + err).replace("\n", ""))
+
+
 def test_what_is_left_of_a_budget(tmp_path, capsys):
     store = open_store(str(tmp_path))
     put_grid(store, [name("a"), name("b")], budget={"hours": 4.0, "unit": "GPU-hours", "devices": 2.0})
@@ -240,18 +290,22 @@ def test_watching_says_what_changes_and_ends_with_the_last_run(tmp_path):
     store = open_store(str(tmp_path))
     put_grid(store, [name("a"), name("b")])
     store.put_summary(name("b"), summary(3.0))
-    watcher = watch(tmp_path)
-    said = [watcher.stdout.readline(), watcher.stdout.readline()]
-    assert said == [f"{name('a')}  pending  –\n", f"{name('b')}  completed  9/9  val 3.0000\n"]
     with store.run_lease(name("a"), "tiny-1") as lease:
-        while not lease.advance():
-            time.sleep(0.01)
-        store.put_status(name("a"), running())
-        assert watcher.stdout.readline() == f"{name('a')}  running  3/9\n"
-        store.put_status(name("a"), running(step=5))  # a step alone is no news
-        store.put_status(name("a"), running(step=6, val_loss=2.5))
-        assert watcher.stdout.readline() == f"{name('a')}  running  6/9  val 2.5000\n"
-    store.put_status(name("a"), {**running(step=6), "status": "failed", "reason": "boom", "log_tail": ["x"]})
+        assert lease.acquire() is None
+        with store.grid_lease("tiny", "tiny-1") as launch:
+            assert launch.acquire() is None
+            watcher = watch(tmp_path)
+            said = [watcher.stdout.readline(), watcher.stdout.readline()]
+            assert said == [f"{name('a')}  pending  –\n", f"{name('b')}  completed  9/9  val 3.0000\n"]
+            store.put_status(name("a"), running())
+            assert watcher.stdout.readline() == f"{name('a')}  running  3/9\n"
+        # The launch is gone, and what it began goes on.
+        for number in range(3):
+            store.put_status(name("a"), running(step=5))  # a step alone is no news
+            store.put_status(name("a"), running(step=6, val_loss=float(number)))
+            assert watcher.stdout.readline() == f"{name('a')}  running  6/9  val {number}.0000\n"
+        end = {"status": "failed", "reason": "boom", "log_tail": ["x"]}
+        store.put_status(name("a"), {**running(step=6), **end})
     rest, err = watcher.communicate(timeout=60)
     assert rest.splitlines() == [
         f"{name('a')}  failed  6/9  boom",
@@ -264,8 +318,10 @@ def test_watching_says_what_changes_and_ends_with_the_last_run(tmp_path):
 def test_ctrl_c_ends_a_watch_in_peace(tmp_path):
     store = open_store(str(tmp_path))
     put_grid(store, [name("a")])
-    watcher = watch(tmp_path, "--grid", "tiny")
-    assert watcher.stdout.readline().startswith(name("a"))
-    watcher.send_signal(signal.SIGINT)
-    out, err = watcher.communicate(timeout=60)
+    with store.grid_lease("tiny", "tiny-1") as launch:
+        assert launch.acquire() is None
+        watcher = watch(tmp_path, "--grid", "tiny")
+        assert watcher.stdout.readline().startswith(name("a"))
+        watcher.send_signal(signal.SIGINT)
+        out, err = watcher.communicate(timeout=60)
     assert (watcher.returncode, out, err) == (0, "", "")

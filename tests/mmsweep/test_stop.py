@@ -175,9 +175,9 @@ def test_a_launch_that_is_silent_is_not_waited_for(store, capsys, monkeypatch):
     with store.grid_lease("tiny", "tiny-1") as lease:
         assert lease.acquire() is None
         (claim,) = store.launches("tiny")
-    elsewhere = claim.model_copy(update={"machine": "elsewhere", "ttl": 0.2})
+    elsewhere = claim.model_copy(update={"machine": "elsewhere", "ttl": 0.2, "host": "n\x1b[2J"})
     store.objects.put(f"grids/tiny.lease/{claim.nonce}.json", elsewhere.model_dump_json().encode())
     monkeypatch.setattr(stop, "POLL_S", 0.05)
     code, out, _ = call(capsys, store.url, "tiny")
     assert code == 0
-    assert out.startswith("tiny: asked pid ")
+    assert out.startswith(f"tiny: asked pid {os.getpid()} on n\\x1b[2J (launch tiny-1), since ")

@@ -21,7 +21,16 @@ import pytest
 
 from mmsweep.objects import Entry
 from mmsweep.s3 import S3Store
-from mmsweep.store import DirectoryStore, NotFound, ObjectStore, RunStore, StoreError, check_key, open_store
+from mmsweep.store import (
+    DirectoryStore,
+    NotFound,
+    ObjectStore,
+    RunStore,
+    StoreError,
+    check_key,
+    open_store,
+    stored_name,
+)
 from trainers.errors import InputError
 from trainers.manifest import verify, write_manifest
 from trainers.records import (
@@ -81,6 +90,11 @@ def write_checkpoint(run_dir: Path, number: int, *, manifest: bool = True) -> Pa
     if manifest:
         write_manifest(folder, step=number)
     return folder
+
+
+def in_store(checkpoint: Path, file: str) -> str:
+    """The name that a file of a local checkpoint has in the store."""
+    return file if file == "manifest.json" else stored_name(file, verify(checkpoint)["files"][file])
 
 
 def rows(table: pa.Table) -> str:
@@ -516,7 +530,7 @@ def test_ship_sends_what_is_new_and_closed(runs: RunStore, objects: ObjectStore,
     write_parts(local, 1, [step(1), evaluation(1)], [step(2)])
     (local / "attempt-001" / "steps-000002.jsonl.open").write_bytes(encode(step(3)))
     (local / "attempt-001" / "notes.jsonl").write_text("x")
-    write_checkpoint(local, 2)
+    checkpoint = write_checkpoint(local, 2)
     write_checkpoint(local, 3, manifest=False)
     assert runs.ship(RUN, local) == 6
     base = f"runs/{RUN}"
@@ -525,8 +539,8 @@ def test_ship_sends_what_is_new_and_closed(runs: RunStore, objects: ObjectStore,
         f"{base}/attempt-001/steps-000000.jsonl",
         f"{base}/attempt-001/steps-000001.jsonl",
         f"{base}/checkpoints/00000002/manifest.json",
-        f"{base}/checkpoints/00000002/model.safetensors",
-        f"{base}/checkpoints/00000002/state.json",
+        f"{base}/checkpoints/00000002/{in_store(checkpoint, 'model.safetensors')}",
+        f"{base}/checkpoints/00000002/{in_store(checkpoint, 'state.json')}",
     ]
     assert objects.list("") == expected
     assert runs.ship(RUN, local) == 0
@@ -584,6 +598,64 @@ def test_a_checkpoint_of_the_same_step_replaces_the_other(runs: RunStore, tmp_pa
     assert (tmp_path / "c" / "checkpoints" / "00000001" / "state.json").read_text() == "another"
 
 
+class Stalls(DirectoryStore):
+    """Its last write, of a checkpoint's state, waits for `go`; then the process ends."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.asked, self.go = threading.Event(), threading.Event()
+
+    def put_file(self, key: str, path: Path) -> None:
+        if "state.json" in key:
+            self.asked.set()
+            assert self.go.wait(60)
+        super().put_file(key, path)
+
+    def put(self, key: str, data: bytes) -> None:
+        raise StoreError("no manifest any more")
+
+
+def test_an_attempt_that_lost_the_run_spoils_no_checkpoint_of_the_next(tmp_path: Path) -> None:
+    """Both ship the same step; what the first still had under way arrives last."""
+    for attempt in ("first", "second"):
+        folder = write_checkpoint(tmp_path / attempt, 100, manifest=False)
+        for path in folder.iterdir():
+            path.write_text(f"{path.name} of the {attempt} attempt")
+        write_manifest(folder, step=100)
+    stalled, runs = Stalls(tmp_path / "store"), open_store(str(tmp_path / "store"))
+
+    def ship_in_vain() -> None:
+        with pytest.raises(StoreError, match="no manifest"):
+            RunStore(stalled).ship(RUN, tmp_path / "first")
+
+    late = threading.Thread(target=ship_in_vain)
+    late.start()
+    assert stalled.asked.wait(60)
+    assert runs.ship(RUN, tmp_path / "second") == 3
+    stalled.go.set()
+    late.join()
+    assert len(runs.objects.children(f"runs/{RUN}/checkpoints/00000100")) == 5
+    assert runs.restore(RUN, tmp_path / "third") == 100
+    restored = tmp_path / "third" / "checkpoints" / "00000100" / "state.json"
+    assert restored.read_text() == "state.json of the second attempt"
+
+
+def test_a_checkpoint_of_an_older_store_is_restored(
+    runs: RunStore, objects: ObjectStore, tmp_path: Path
+) -> None:
+    """Its files have the names that they have here."""
+    folder = write_checkpoint(tmp_path / "here", 2)
+    for path in folder.iterdir():
+        objects.put_file(f"runs/{RUN}/checkpoints/00000002/{path.name}", path)
+    assert runs.saved_step(RUN) == 2
+    assert runs.ship(RUN, tmp_path / "here") == 0
+    assert runs.restore(RUN, tmp_path / "there") == 2
+    for number in (3, 4):
+        write_checkpoint(tmp_path / "here", number)
+    runs.ship(RUN, tmp_path / "here")
+    assert objects.children(f"runs/{RUN}/checkpoints") == ["00000003", "00000004"]
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -624,10 +696,10 @@ def test_restore(runs: RunStore, tmp_path: Path) -> None:
 def test_restore_falls_back(
     runs: RunStore, objects: ObjectStore, tmp_path: Path, file: str, how: str, reason: str
 ) -> None:
-    for number in (1, 2):
-        write_checkpoint(tmp_path / "here", number)
+    here = [write_checkpoint(tmp_path / "here", number) for number in (1, 2)]
     runs.ship(RUN, tmp_path / "here")
-    key = f"runs/{RUN}/checkpoints/00000002/{file}"
+    key = f"runs/{RUN}/checkpoints/00000002/{in_store(here[1], file)}"
+    reason = reason.replace("state.json: not", f"{in_store(here[1], 'state.json')}: not")
     if how == "garbage":
         objects.put(key, b"\xff")
     elif how == "escape":
@@ -680,7 +752,7 @@ def test_every_flipped_bit_is_caught(tmp_path: Path) -> None:
     source.ship(RUN, tmp_path / "here")
     base = f"runs/{RUN}/checkpoints/00000002"
     whole = {file: source.objects.get(f"{base}/{file}") for file in source.objects.children(base)}
-    for file in ("model.safetensors", "state.json"):
+    for file in sorted(set(whole) - {"manifest.json"}):
         for bit in range(3, 8 * len(whole[file]), len(whole[file])):
             data = bytearray(whole[file])
             data[bit // 8] ^= 1 << bit % 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -37,6 +38,11 @@ def write_run(folder: Path, run_id: str, *, steps: int = 4, checkpoints: tuple[i
         (checkpoint / "model.safetensors").write_bytes(bytes([step]) * 1000)
         write_manifest(checkpoint, step=step)
     return run_dir
+
+
+def model(step: int) -> str:
+    """The name in the store of the file that `write_run` makes for a checkpoint."""
+    return f"model.safetensors.{hashlib.sha256(bytes([step]) * 1000).hexdigest()[:16]}"
 
 
 def fill(runs: RunStore, local: Path) -> RunStore:
@@ -103,7 +109,7 @@ def test_a_whole_store_verifies(filled, store_url, capsys):
     assert code == 0
     lines = out.splitlines()
     assert lines[0] == f"left alone: {FOREIGN} (12 B) was not written by mmsweep"
-    assert lines[1].endswith("all whole")
+    assert lines[1].endswith(f", {len(filled.objects.list('')) - 1} objects read, all whole")
     assert len(lines) == 2
 
 
@@ -131,9 +137,9 @@ def _delete(objects: ObjectStore, key: str) -> None:
 
 
 DAMAGE: list[tuple[str, Any, str]] = [
-    (f"runs/{RUN}/checkpoints/00000003/model.safetensors", _flip, "SHA-256 does not match"),
-    (f"runs/{RUN}/checkpoints/00000003/model.safetensors", _cut, "990 bytes, expected 1000"),
-    (f"runs/{RUN}/checkpoints/00000003/model.safetensors", _delete, "missing, and the manifest names it"),
+    (f"runs/{RUN}/checkpoints/00000003/{model(3)}", _flip, "SHA-256 does not match"),
+    (f"runs/{RUN}/checkpoints/00000003/{model(3)}", _cut, "990 bytes, expected 1000"),
+    (f"runs/{RUN}/checkpoints/00000003/{model(3)}", _delete, "missing, and the manifest names it"),
     (f"runs/{RUN}/checkpoints/00000003/manifest.json", _cut, "not a manifest"),
     (f"runs/{RUN}/checkpoints/00000003/manifest.json", _replace(b'"step": 3', b'"step": 4'), "of step 4"),
     (f"runs/{RUN}/steps.parquet", _cut, "damaged"),
@@ -151,6 +157,7 @@ DAMAGE: list[tuple[str, Any, str]] = [
     (f"runs/{OTHER}/attempt-001/evals-000001.jsonl", _replace(b"hetero-s2", b"hetero-s3"), "of another run"),
     (f"runs/{OTHER}/attempt-001/steps-000000.jsonl", _delete, "steps-000000.jsonl: missing"),
     ("grids/tiny.json", _cut, "not JSON"),
+    (f"runs/{OTHER}/leases/0123.json", lambda objects, key: objects.put(key, b"{"), "0123.json: not JSON"),
 ]
 
 
@@ -179,6 +186,63 @@ def test_all_damage_is_found(filled, store_url, capsys):
         assert any(where in line and said in line for line in out.splitlines())
 
 
+UNREAD = (
+    "grids/tiny.launches/tiny-1.log",
+    "grids/tiny.lease/0123.json",
+    "grids/tiny.stop",
+    "grids/tiny.yaml",
+    "report/index.html",
+    f"runs/{OTHER}/attempt-001/rank-0.log",
+    f"runs/{OTHER}/checkpoints-bad/00000002-1/manifest.json",
+    f"runs/{OTHER}/checkpoints/00000004/state.json.0123456789abcdef",
+    f"runs/{OTHER}/checkpoints/00000006/model.safetensors.0123456789abcdef",
+    f"runs/{OTHER}/leases/0123.json",
+    f"runs/{OTHER}/stop.json",
+)
+"""What no check of documents, records and checkpoints reads."""
+
+
+@pytest.mark.s3
+def test_every_object_is_read_once_and_compared_with_its_digest(s3_url, tmp_path, capsys):
+    store = fill(open_store(s3_url), tmp_path)
+    objects = store.objects
+    for name in UNREAD:
+        objects.put(name, b"{}")
+    count = f", {len(objects.list('')) - 1} objects read, "
+    code, out, _ = call(capsys, "verify", s3_url)
+    assert (code, out.splitlines()[-1].endswith(count + "all whole")) == (0, True)
+    for name in UNREAD:
+        place = {"Bucket": objects.bucket, "Key": objects.prefix + name}
+        written = objects.client.head_object(**place)["Metadata"]
+        objects.client.put_object(**place, Body=b"[]", Metadata=written)
+    code, out, _ = call(capsys, "verify", s3_url)
+    *problems, foreign, last = out.splitlines()
+    assert code == 1
+    assert sorted(line.split(": damaged (its SHA-256 is ")[0] for line in problems) == [
+        f"{s3_url}/{name}" for name in UNREAD
+    ]
+    assert foreign.startswith("left alone")
+    assert last.endswith(f"{count}{len(UNREAD)} problems")
+
+
+@pytest.mark.s3
+def test_the_report_of_a_launch_is_in_the_store(s3_url, tmp_path, monkeypatch, capsys):
+    """And nothing that was in the folder before: it may be the user's own."""
+    store = fill(open_store(s3_url), tmp_path / "local")
+    for run_id in (RUN, OTHER):
+        store.put_config(run_id, {"config": {"arm": "hetero", "seed": 1}})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "notes.txt").write_text("mine")
+    assert mmsweep(["report", s3_url, "--into-store"]) == 0
+    here, there = capsys.readouterr().out.splitlines()[-2:]
+    assert (here, there) == ("report/index.html", f"{s3_url}/report/index.html")
+    files = {str(path.relative_to(tmp_path)) for path in (tmp_path / "report").rglob("*") if path.is_file()}
+    assert set(store.objects.list("report")) == files - {"report/notes.txt"}
+    assert store.objects.get("report/index.html") == (tmp_path / here).read_bytes()
+    assert call(capsys, "verify", s3_url)[0] == 0
+
+
 def test_gc_leaves_what_is_needed(filled, store_url, capsys):
     filled.keep = 2
     before = filled.objects.list("")
@@ -192,9 +256,7 @@ def test_gc_leaves_what_is_needed(filled, store_url, capsys):
     assert filled.objects.list("") == before
     assert call(capsys, "gc", store_url, "--delete")[0] == 0
     gone = set(before) - set(filled.objects.list(""))
-    assert gone == {
-        f"runs/{RUN}/checkpoints/00000002/{name}" for name in ("manifest.json", "model.safetensors")
-    }
+    assert gone == {f"runs/{RUN}/checkpoints/00000002/{name}" for name in ("manifest.json", model(2))}
     assert "nothing to delete" in call(capsys, "gc", store_url, "--delete")[1]
     assert call(capsys, "verify", store_url)[0] == 0
 
@@ -240,8 +302,21 @@ def test_incomplete_checkpoints_go_after_a_day(filled, store_url, capsys, monkey
     age(filled, f"runs/{OTHER}", hours * 3600, monkeypatch)
     _, out, _ = call(capsys, "gc", store_url, "--delete")
     assert ("without a manifest for 25 hours" in out) == (hours == 25)
-    assert filled.objects.exists(f"runs/{OTHER}/checkpoints/00000002/model.safetensors") == (hours == 23)
-    assert filled.objects.exists(f"runs/{OTHER}/checkpoints/00000004/model.safetensors")
+    assert filled.objects.exists(f"runs/{OTHER}/checkpoints/00000002/{model(2)}") == (hours == 23)
+    assert filled.objects.exists(f"runs/{OTHER}/checkpoints/00000004/{model(4)}")
+
+
+@pytest.mark.parametrize("hours", [23, 25])
+def test_files_beside_a_manifest_that_does_not_name_them_go_after_a_day(
+    filled, store_url, capsys, monkeypatch, hours
+):
+    folder = f"runs/{RUN}/checkpoints/00000004"
+    filled.objects.put(f"{folder}/state.json.0123456789abcdef", b"{}")
+    age(filled, f"runs/{RUN}", hours * 3600, monkeypatch)
+    _, out, _ = call(capsys, "gc", store_url, "--delete", "--keep", "3")
+    assert (f"{RUN}: 1 files of checkpoint 00000004: not in its manifest (2 B)" in out) == (hours == 25)
+    assert len(filled.objects.children(folder)) == (3 if hours == 23 else 2)
+    assert call(capsys, "verify", store_url)[0] == 0
 
 
 def test_a_run_under_way_is_never_touched(filled, store_url, capsys, monkeypatch):
@@ -273,7 +348,7 @@ def test_a_run_that_was_taken_up_meanwhile_keeps_its_files(filled, monkeypatch):
     assert gone
     assert all(entry.key.startswith(f"runs/{RUN}/checkpoints/00000002/") for entry in gone)
     assert filled.objects.exists(later)
-    assert filled.objects.exists(f"runs/{OTHER}/checkpoints/00000004/model.safetensors")
+    assert filled.objects.exists(f"runs/{OTHER}/checkpoints/00000004/{model(4)}")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from mmsweep.keep import cut_off, problems_of
 from mmsweep.objects import DamagedError, NotFound, StoreError, Upload
 from mmsweep.s3 import S3Store
 from mmsweep.shipper import Shipper
-from mmsweep.store import RunStore, open_store
+from mmsweep.store import RunStore, open_store, stored_name
 from trainers import records
 from trainers.manifest import verify, write_manifest
 from trainers.records import PartWriter, StepRecord
@@ -372,6 +372,11 @@ def write_checkpoint(run_dir: Path, step: int, size: int = 1000) -> Path:
     return folder
 
 
+def in_store(checkpoint: Path, file: str) -> str:
+    """The name that a file of a local checkpoint has in the store."""
+    return file if file == "manifest.json" else stored_name(file, verify(checkpoint)["files"][file])
+
+
 class Shipping:
     """A shipper of `run_dir` with short pauses, which reports by writing the run's status."""
 
@@ -412,7 +417,7 @@ def test_what_waits_is_counted_and_goes_up_in_order_when_the_store_is_back(shipp
     shipper = one.shipper
     for number in range(1, 6):
         write_part(run_dir, number)
-    write_checkpoint(run_dir, 5, size=4000)
+    checkpoint = write_checkpoint(run_dir, 5, size=4000)
     parts = sum(path.stat().st_size for path in run_dir.glob("attempt-001/*.jsonl"))
     held = sum(path.stat().st_size for path in run_dir.glob("checkpoints/*/*"))
     wait_for(lambda: shipper.waiting == parts + held, "the count")
@@ -428,8 +433,8 @@ def test_what_waits_is_counted_and_goes_up_in_order_when_the_store_is_back(shipp
     names = [line.split("?")[0].split(f"{RUN}/")[1] for line in sent]
     assert list(dict.fromkeys(names)) == [
         *(f"attempt-001/steps-{number:06d}.jsonl" for number in range(5)),
-        "checkpoints/00000005/model.safetensors",
-        "checkpoints/00000005/state.json",
+        f"checkpoints/00000005/{in_store(checkpoint, 'model.safetensors')}",
+        f"checkpoints/00000005/{in_store(checkpoint, 'state.json')}",
         "checkpoints/00000005/manifest.json",
     ]
     assert one.store.table(RUN, "steps")["step"].to_pylist() == [1, 2, 3, 4, 5]
@@ -551,7 +556,8 @@ def two_checkpoints(s3_url, tmp_path) -> RunStore:
 @pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
 def test_a_checkpoint_that_the_store_has_damaged_is_not_used(two_checkpoints, s3_server, tmp_path, name):
     store = two_checkpoints
-    rot(store, s3_server, f"runs/{RUN}/checkpoints/00000002/{name}")
+    local = tmp_path / "run" / "checkpoints" / "00000002"
+    rot(store, s3_server, f"runs/{RUN}/checkpoints/00000002/{in_store(local, name)}")
     assert store.restore(RUN, tmp_path / "there") == 1
     assert store.objects.children(f"runs/{RUN}/checkpoints-bad") == ["00000002-1"]
 
@@ -567,7 +573,8 @@ def test_records_and_checkpoints_that_rot_are_named(two_checkpoints, s3_server, 
     store = two_checkpoints
     write_part(tmp_path / "run", 1)
     store.ship(RUN, tmp_path / "run")
-    keys = ["attempt-001/steps-000000.jsonl", "checkpoints/00000002/state.json"]
+    state = in_store(tmp_path / "run" / "checkpoints" / "00000002", "state.json")
+    keys = ["attempt-001/steps-000000.jsonl", f"checkpoints/00000002/{state}"]
     for key in keys:
         rot(store, s3_server, f"runs/{RUN}/{key}")
     with pytest.raises(DamagedError, match=r"steps-000000\.jsonl: damaged"):

@@ -23,6 +23,7 @@ from mmsweep.store import RunStore, open_store
 from mmsweep.workers import Workers
 from trainers import records
 from trainers.config import RunConfig
+from trainers.provenance import checkout
 
 STEPS = 60
 
@@ -51,10 +52,14 @@ def all_completed(store: RunStore, runs: int) -> bool:
     return [s and s["status"] for s in summaries] == [records.COMPLETED] * runs
 
 
-def test_runs_of_two_nodes_each_take_turns_and_compute_the_bits_of_one_machine(nodes, texts, tmp_path):
+def test_runs_of_two_nodes_each_take_turns_and_compute_the_bits_of_one_machine(
+    nodes, texts, tmp_path, monkeypatch
+):
     """Each node has room for one share: runs that took a node each and waited would wait for ever."""
-    for _ in range(2):
-        nodes.add(cpus=1)
+    with monkeypatch.context() as synced:  # on the nodes the code is no checkout
+        synced.setenv("GIT_DIR", str(tmp_path / "none"))
+        for _ in range(2):
+            nodes.add(cpus=1)
     resources = "{workers: 2, nodes: 2}"
     grid = write_grid(tmp_path / "g.yaml", texts, resources=resources, seeds=[1], steps=STEPS, every=20)
     sweep = launch(grid, tmp_path / "store", tmp_path / "log", nodes.address)
@@ -68,7 +73,10 @@ def test_runs_of_two_nodes_each_take_turns_and_compute_the_bits_of_one_machine(n
     sweep.wait(240)
     store = open_store(str(tmp_path / "store"))
     assert all_completed(store, 2), (tmp_path / "log").read_text()
-    assert {store.config(run_id)["provenance"]["world_size"] for run_id in store.run_ids()} == {2}
+    facts = [store.config(run_id)["provenance"] for run_id in store.run_ids()]
+    assert {fact["world_size"] for fact in facts} == {2}
+    here = checkout() or {"commit": None}
+    assert {(fact["git"] or {"commit": None})["commit"] for fact in facts} == {here["commit"]}
     measured = losses(store, STEPS)
     first = min(measured)
     assert measured[first] == on_this_machine(store, first, tmp_path / "alone")
