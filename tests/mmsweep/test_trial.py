@@ -121,6 +121,8 @@ def test_as_many_runs_go_on_at_once_as_the_cluster_has_room_for_when_it_grows(no
     nodes.add(cpus=1)
     wait_for(lambda: len(processes("trainers.train")) == 4, "the last run on the newest node")
     assert first.is_running()
+    parts = "store/runs/*/attempt-*/steps-*"
+    wait_for(lambda: len({path.parts[-3] for path in tmp_path.glob(parts)}) == 4, "records of all")
     sweep.send_signal(signal.SIGINT)
     assert sweep.wait(120) == 1
     wait_for(lambda: not left_over(), "all processes to end")
