@@ -555,7 +555,8 @@ def test_the_doctor_finds_the_cluster_sound(head, home):
 
 
 def test_the_doctor_finds_a_node_with_other_versions(head, home):
-    lines = examine(head, home, 'doctor._version = lambda package: "9.9.9"; ')  # of this process alone
+    here = 'doctor.clusters.installed = lambda package: "9.9.9"; '  # of this process alone
+    lines = examine(head, home, here)
     [problem] = [line for line in lines if line.startswith("problem")]
     assert re.search(r" node \S+ differs: mmsweep \S+ \(here 9\.9\.9\), ray 2\.", problem)
 

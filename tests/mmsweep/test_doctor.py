@@ -23,7 +23,8 @@ import torch
 from http_service import HttpService
 
 from mmsweep import doctor
-from mmsweep.doctor import Finding
+from mmsweep.doctor import clusters, findings, machine, stores
+from mmsweep.doctor.findings import Finding
 from mmsweep.store import open_store
 
 
@@ -101,7 +102,7 @@ def between(s3_url: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def examine(url: str) -> list[Finding]:
-    return list(doctor.check_store(open_store(url).objects))
+    return list(stores.check_store(open_store(url).objects))
 
 
 def test_a_good_store_has_every_right_and_keeps_nothing(store_url):
@@ -212,16 +213,16 @@ def test_uploads_that_cannot_be_seen(between):
 
 
 def test_a_node_that_shares_the_store_finds_the_mark_and_tries_every_right(store_url):
-    with doctor.marked(open_store(store_url).objects) as mark:
-        store, clock = doctor._from_here(mark)
+    with clusters.marked(open_store(store_url).objects) as mark:
+        store, clock = clusters._from_here(mark)
     assert levels([store, clock]) == ["ok"] * 2
     assert store.what.endswith(": writing, reading, listing, overwriting, deleting")
     assert open_store(store_url).objects.children("") == []
 
 
 def test_a_node_with_a_folder_of_its_own_is_found(tmp_path):
-    with doctor.marked(open_store(str(tmp_path / "here")).objects) as mark:
-        [found] = doctor._from_here(replace(mark, store=str(tmp_path / "there")))
+    with clusters.marked(open_store(str(tmp_path / "here")).objects) as mark:
+        [found] = clusters._from_here(replace(mark, store=str(tmp_path / "there")))
     assert found.level == "problem"
     assert "is not the store of the machine that asks" in found.what
     assert not (tmp_path / "there").exists()
@@ -229,9 +230,9 @@ def test_a_node_with_a_folder_of_its_own_is_found(tmp_path):
 
 @pytest.mark.s3
 def test_a_node_without_the_right_to_write_is_found(between):
-    with doctor.marked(open_store(between.bucket_url).objects) as mark:
+    with clusters.marked(open_store(between.bucket_url).objects) as mark:
         between.refused = lambda method, path: method == "PUT"
-        [found] = doctor._from_here(mark)
+        [found] = clusters._from_here(mark)
     assert (found.level, found.subject) == ("problem", "store")
     assert found.what.startswith("writing: ")
 
@@ -242,7 +243,7 @@ def test_a_node_without_the_right_to_write_is_found(between):
 )
 def test_a_service_that_encrypts_nothing(aws, endpoint, plain):
     aws.setenv("AWS_ENDPOINT_URL", endpoint)
-    found = list(doctor._encryption(open_store("s3://bucket/sweeps").objects))
+    found = list(stores._encryption(open_store("s3://bucket/sweeps").objects))
     assert levels(found) == (["warning"] if plain else [])
     assert all(finding.what.startswith(f"{endpoint}: requests are signed") for finding in found)
 
@@ -257,7 +258,7 @@ def test_a_store_that_is_a_file(tmp_path):
 
 
 def test_a_good_folder_keeps_nothing(tmp_path):
-    [found] = doctor.check_folder(tmp_path / "new", "cache", "point X to")
+    [found] = machine.check_folder(tmp_path / "new", "cache", "point X to")
     assert found.level in ("ok", "warning")  # the test's own disk may be small or slow
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -265,7 +266,7 @@ def test_a_good_folder_keeps_nothing(tmp_path):
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MMSWEEP_CACHE", str(tmp_path / "file" / "cache"))
-    cache, runs = doctor.check_disks()
+    cache, runs = machine.check_disks()
     assert (cache.level, cache.subject) == ("problem", "cache")
     assert cache.line().endswith("point MMSWEEP_CACHE to a folder that can be written")
     assert runs.level != "problem"
@@ -277,7 +278,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
 )
 def test_a_disk_that_is_almost_full(tmp_path, monkeypatch, free, level, words):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    [found] = doctor.check_folder(tmp_path, "cache", "point X to")
+    [found] = machine.check_folder(tmp_path, "cache", "point X to")
     assert found.level == level
     assert words in found.line()
 
@@ -288,7 +289,7 @@ def test_a_disk_that_is_almost_full(tmp_path, monkeypatch, free, level, words):
 def test_versions_that_are_not_the_tested_ones(tmp_path):
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("# tested\nnumpy==1.0  # old\nrich>=1\nnot-installed-here==1\n")
-    [found] = doctor.check_packages(constraints)
+    [found] = machine.check_packages(constraints)
     assert found.level == "warning"
     assert "numpy " in found.what
     assert "(==1.0)" in found.what
@@ -307,7 +308,7 @@ def test_versions_that_are_too_old(tmp_path, monkeypatch):
     ]
     (info / "METADATA").write_text("\n".join(lines) + "\n")
     monkeypatch.syspath_prepend(tmp_path)
-    [found] = doctor.check_packages(tmp_path / "none")
+    [found] = machine.check_packages(tmp_path / "none")
     assert found.level == "problem"
     assert "(needs >=99), no-such-package is missing (needs >=1)" in found.what
     assert not any(name in found.what for name in ("rich", "pytest"))
@@ -319,7 +320,7 @@ def test_gpus_that_torch_does_not_see(tmp_path, monkeypatch):
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    [found] = doctor.check_devices()
+    [found] = machine.check_devices()
     assert found.level == "problem"
     seen = "is built without CUDA" if torch.version.cuda is None else f"(CUDA {torch.version.cuda}) sees none"
     assert found.what == f"driver 550.54.14 with 2 GPUs, and torch {seen}"
@@ -328,7 +329,7 @@ def test_gpus_that_torch_does_not_see(tmp_path, monkeypatch):
 def test_workers_that_cannot_find_each_other(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "nosuch0")
-    [found] = doctor.check_workers()
+    [found] = machine.check_workers()
     assert found.level == "problem"
     assert "an all-reduce of 2 processes failed: " in found.what
 
@@ -374,7 +375,7 @@ def test_a_check_that_breaks_does_not_end_the_others():
         yield Finding("ok", "x", "first")
         raise ZeroDivisionError("so\nit is")
 
-    found = list(doctor._guarded("x", breaks))
+    found = list(findings.guarded("x", breaks))
     assert levels(found) == ["ok", "problem"]
     assert found[1].line() == "problem  x        this check broke: ZeroDivisionError: so it is; report it"
 
@@ -392,7 +393,7 @@ def test_what_a_store_says_cannot_steer_the_terminal():
 )
 def test_clusters_that_cannot_be_used(address, words, monkeypatch):
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    [found] = doctor.check_cluster(address)
+    [found] = clusters.check_cluster(address)
     assert found.level == "problem"
     assert words in found.what
 
@@ -417,7 +418,7 @@ def test_whether_jobs_need_a_token(answer, safe, level, words):
 
     service = HttpService(Handler)
     try:
-        found = doctor._jobs_api(service.url.removeprefix("http://"), safe=safe)
+        found = clusters._jobs_api(service.url.removeprefix("http://"), safe=safe)
     finally:
         service.stop()
     assert found.level == level
@@ -429,5 +430,5 @@ def test_whether_jobs_need_a_token(answer, safe, level, words):
     [(True, False, "ok"), (None, False, "warning"), (False, True, "warning"), (False, False, "problem")],
 )
 def test_a_cluster_that_is_open_is_a_problem_also_without_a_dashboard(asks, here_alone, level):
-    assert doctor._ray_itself("192.0.2.1:6379", asks, here_alone=here_alone).level == level
-    assert doctor._jobs_api("", safe=False).what == "no dashboard, and so no jobs API"
+    assert clusters._ray_itself("192.0.2.1:6379", asks, here_alone=here_alone).level == level
+    assert clusters._jobs_api("", safe=False).what == "no dashboard, and so no jobs API"
