@@ -1,4 +1,4 @@
-"""A sweep whose store goes away four times: `python tests/soak/store.py [--outage 60] [--steps 24000]`.
+"""A sweep whose store goes away four times: `python tests/soak/store.py [--outage 60] [--steps 36000]`.
 
 Two runs are launched into an S3 server behind a proxy. While they train, the server is stopped for a
 minute, answers 503 for a minute, cannot be reached for a minute, and says for half a minute that the
@@ -75,7 +75,7 @@ class Outage:
 def main() -> int:
     parser = argparse.ArgumentParser(description="A sweep whose store goes away four times.")
     parser.add_argument("--outage", type=float, default=60.0, help="seconds of each of the first three")
-    parser.add_argument("--steps", type=int, default=24_000, help="of a run; it must outlast the outages")
+    parser.add_argument("--steps", type=int, default=36_000, help="of a run; it must outlast the outages")
     arguments = parser.parse_args()
     print(f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True)
     begun = time.monotonic()
