@@ -1,4 +1,4 @@
-"""A sweep whose store goes away four times: `python tests/soak/store.py [--outage 60] [--steps 36000]`.
+"""A sweep whose store goes away four times: `python tests/soak/store.py [--outage 60] [--steps 22000]`.
 
 Two runs are launched into an S3 server behind a proxy. While they train, the server is stopped for a
 minute, answers 503 for a minute, cannot be reached for a minute, and says for half a minute that the
@@ -43,7 +43,7 @@ name: soak
 seeds: [1]
 arms:
   hetero: {attn: stiefel, mlp: dgram}
-  plain: {attn: none, mlp: none}
+  hetero_inv: {attn: dgram, mlp: stiefel}  # of the same speed, so that both outlast the outages
 base:
   data: {source: text, path: TEXTS}
   model: {n_layer: 2, n_head: 2, d_model: 32, context: 32, vocab_size: 256}
@@ -75,7 +75,7 @@ class Outage:
 def main() -> int:
     parser = argparse.ArgumentParser(description="A sweep whose store goes away four times.")
     parser.add_argument("--outage", type=float, default=60.0, help="seconds of each of the first three")
-    parser.add_argument("--steps", type=int, default=36_000, help="of a run; it must outlast the outages")
+    parser.add_argument("--steps", type=int, default=22_000, help="of a run; it must outlast the outages")
     arguments = parser.parse_args()
     print(f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True)
     begun = time.monotonic()
