@@ -307,7 +307,7 @@ def _leads(ax: Any, frames: Frames, leads: pd.DataFrame, alarms: pd.DataFrame) -
         beside(ax, -i, _shares(row), at=1.03)
     ax.set_xlabel("steps before the first bad evaluation")
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.xaxis.get_major_locator().set_params(nbins=4)
+    ax.xaxis.get_major_locator().set_params(nbins=4, integer=True)
 
 
 def _lead(ax: Any, y: float, lead: float, style: Style, least: float) -> None:
