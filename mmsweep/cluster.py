@@ -192,7 +192,7 @@ def check_authentication(address: str) -> None:
     Raises:
         InputError: the address is not loopback and RAY_AUTH_MODE is not "token".
     """
-    if os.environ.get("RAY_AUTH_MODE") == "token" or is_loopback(_host(address)):
+    if os.environ.get("RAY_AUTH_MODE") == "token" or is_loopback(host_of(address)):
         return
     raise InputError(
         f"refusing {address!r}: a Ray cluster without authentication runs code for anyone who reaches it; "
@@ -206,7 +206,7 @@ def _check_listening(address: str) -> None:
     if not separator or not port.isdigit():
         return  # Ray says what is wrong with it
     try:
-        socket.create_connection((_host(address), int(port)), timeout=_ANSWER_S).close()
+        socket.create_connection((host_of(address), int(port)), timeout=_ANSWER_S).close()
     except (OSError, OverflowError) as error:
         raise InputError(f"nothing answers at {address!r}: {error}; start a cluster with `ray up`") from None
 
@@ -218,7 +218,7 @@ def _check_token(address: str) -> None:
         InputError: it lets in anybody from other machines, or wants a token and RAY_AUTH_MODE says none.
     """
     asks = asks_for_token(address)
-    if asks is False and not is_loopback(_host(address)):
+    if asks is False and not is_loopback(host_of(address)):
         raise InputError(
             f"refusing {address!r}: it asks for no token and runs code for anyone who reaches it; "
             "start every node with RAY_AUTH_MODE=token"
@@ -270,5 +270,6 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(address).is_loopback for address in found)
 
 
-def _host(address: str) -> str:
+def host_of(address: str) -> str:
+    """Of `host:port`; an IPv6 address may be in brackets."""
     return address.rsplit(":", 1)[0].strip("[]")

@@ -10,9 +10,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from urllib.parse import urlsplit
 
-from mmsweep.cluster import asks_for_token, connect, is_loopback, jobs_status
+from mmsweep.cluster import asks_for_token, connect, host_of, is_loopback, jobs_status
 from mmsweep.doctor.findings import PROBES, Finding, Findings, count, guarded
 from mmsweep.doctor.machine import check_devices, check_disks, installed, last_line
 from mmsweep.doctor.stores import check_store
@@ -51,7 +50,7 @@ def _doors() -> Findings:
     from ray._private.worker import get_dashboard_url
 
     head = ray.get_runtime_context().gcs_address
-    here_alone = is_loopback(urlsplit(f"//{head}").hostname or "")
+    here_alone = is_loopback(host_of(head))
     asks = asks_for_token(head)
     yield _ray_itself(head, asks, here_alone=here_alone)
     yield _jobs_api(get_dashboard_url(), safe=asks is True or here_alone)
@@ -81,7 +80,7 @@ def _jobs_api(url: str | None, *, safe: bool) -> Finding:
     if status in (401, 403):
         return Finding("ok", "cluster", f"the jobs API at {url} wants a token")
     what = f"the jobs API at {url} runs code for anyone who reaches it (HTTP {status})"
-    here_alone = safe and is_loopback(urlsplit(f"//{url}").hostname or "")
+    here_alone = safe and is_loopback(host_of(url))
     return Finding("warning" if here_alone else "problem", "cluster", what, TOKENS)
 
 
