@@ -361,6 +361,8 @@ class Chain:
     p: float
     """One-sided exact p of k or more, were training to fail last and all orders of the links before it
     equally likely. Undecided runs count as if they did not show it."""
+    runs: tuple[str, ...]
+    """Ids of the n runs."""
 
     @property
     def verdict(self) -> str:
@@ -380,19 +382,21 @@ def chain(frames: Frames, crossed: pd.DataFrame | None = None) -> Chain:
     by then: chance is over their orders alone, so that one run cannot support the chain.
     """
     found = crossings(frames) if crossed is None else crossed
-    k = against = n = 0
+    k = against = 0
+    runs = []
     for run in _events(frames).to_dict("records"):
         own = {r["quantity"]: r for r in found[found["run_id"] == run["run_id"]].to_dict("records")}
         own[EVENT] = _event_row(run)
         if not all(link in own for link in CHAIN):
             continue
-        n += 1
+        runs.append(str(run["run_id"]))
         k += all(_sign(own[a], own[b]) == "<" for a, b in itertools.pairwise(CHAIN))
         against += any(_sign(own[a], own[b]) == ">" for a, b in itertools.combinations(CHAIN, 2))
+    n = len(runs)
     share = clopper_pearson(k, n)
     chance = 1 / math.factorial(len(CHAIN) - 1)
     p = float(stats.binom.sf(k - 1, n, chance)) if n else math.nan
-    return Chain(k, against, n, share.low, share.high, p)
+    return Chain(k, against, n, share.low, share.high, p, tuple(runs))
 
 
 def alarms_text(table: pd.DataFrame) -> Text:

@@ -226,8 +226,7 @@ _LINKS = {
 
 def _mechanism(frames: Frames, crossed: pd.DataFrame) -> Iterator[Sentence]:
     """Whether unstable runs show the paper's order of events; nothing where no run is unstable."""
-    runs = mechanism.lead_times(frames, crossed)["run_id"].astype(str)
-    if runs.empty:
+    if mechanism.lead_times(frames, crossed).empty:
         return
     found = mechanism.chain(frames, crossed)
     order = ", then ".join(_LINKS[link] for link in mechanism.CHAIN)
@@ -238,7 +237,7 @@ def _mechanism(frames: Frames, crossed: pd.DataFrame) -> Iterator[Sentence]:
     share = f"{found.k} of {found.n} [{found.low:.2f}, {found.high:.2f}]"
     parts = (
         Part(f"The order {order} is seen in "),
-        Part(share, tuple(dict.fromkeys(runs))),
+        Part(share, found.runs),
         Part(f" unstable runs and known to be another in {found.against}: {found.verdict}"),
         Part(f" (one-sided exact p {_equals(found.p)})."),
     )

@@ -285,6 +285,14 @@ def test_the_proposed_chain(paper, name):
     assert any(verdict in note or not recorded for note in text.notes)
 
 
+def test_the_chain_names_the_runs_that_recorded_all_of_it(paper):
+    times = [{"sigma": 1, "logit": 2}, {"sigma": 1, "logit": 2, "jacobian": 3}]
+    table = planted(times)
+    found = mechanism.chain(failing(paper, len(times), step=10**5), table)
+    assert found.runs == tuple(table.loc[table["quantity"] == "jacobian", "run_id"])
+    assert len(found.runs) == found.n == 1
+
+
 def test_chance_orders_the_alarms_and_puts_the_failure_last(paper):
     """By chance one of the six orders of three alarms; at n runs the chain errs in 5% of sweeps at most."""
     links = CHAIN[:-1]
