@@ -8,10 +8,14 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from trainers.distributed import LISTENER
 
 DEADLINE_S = 60
 _context = multiprocessing.get_context("forkserver")
@@ -24,20 +28,29 @@ def start(world_size: int, target: Callable[..., None], *arguments: Any, log: Pa
     The processes write what they print to `log`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        _context.Process(target=_enter, args=(rank, world_size, port, log, target, arguments), daemon=True)
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        processes = [
+            _context.Process(
+                target=_enter,
+                args=(rank, world_size, port, None if rank else listener, log, target, arguments),
+                daemon=True,
+            )
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
     return processes
 
 
 def _enter(
-    rank: int, world_size: int, port: int, log: Path, target: Callable[..., None], arguments: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    port: int,
+    listener: socket.socket | None,
+    log: Path,
+    target: Callable[..., None],
+    arguments: tuple[Any, ...],
 ) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
@@ -49,6 +62,7 @@ def _enter(
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        LISTENER: str(listener.detach()) if listener else "",
     }
     target(*arguments)
     sys.stdout.flush()
@@ -57,11 +71,13 @@ def _enter(
 
 
 def finish(processes: list[BaseProcess], log: Path) -> None:
-    """Wait for ranks that are to end well."""
+    """Wait for ranks that are to end well; one that fails ends the others."""
+    deadline = time.monotonic() + DEADLINE_S
     try:
-        for process in processes:
-            process.join(DEADLINE_S)
-        assert [process.exitcode for process in processes] == [0] * len(processes), log.read_text()
+        while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
+            assert time.monotonic() < deadline, f"the ranks wait for one another\n{log.read_text()}"
+            wait([p.sentinel for p in processes if p.is_alive()], 1)
+        assert [p.exitcode for p in processes] == [0] * len(processes), log.read_text()
     finally:
         kill(processes)
 

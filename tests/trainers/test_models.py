@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from trainers import distributed
 from trainers.config import ModelConfig
 from trainers.models import build
 from trainers.models.attention import rotate
@@ -194,18 +195,18 @@ def test_checkpointing_changes_no_bit_where_graphs_are_captured():
     assert same_bits(trained(compiled, again, "bfloat16"), trained(kept, kept, "bfloat16"))
 
 
-def of_rank(rank: int, folder: str) -> None:
+def of_rank(folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    for checkpointing in (False, True):
-        model = decoder(checkpointing=checkpointing, dropout=0.2)
-        found = trained(DistributedDataParallel(model), model, "bfloat16", 2)
-        torch.save(found, f"{folder}/{checkpointing}-{rank}.pt")
-    dist.destroy_process_group()
+    with distributed.join("cpu") as group:
+        for checkpointing in (False, True):
+            model = decoder(checkpointing=checkpointing, dropout=0.2)
+            found = trained(DistributedDataParallel(model), model, "bfloat16", 2)
+            torch.save(found, folder / f"{checkpointing}-{group.rank}.pt")
 
 
 def test_checkpointing_changes_no_bit_under_ddp_with_accumulation(tmp_path):
-    mp.spawn(of_rank, (str(tmp_path),), nprocs=2)
+    log = tmp_path / "log"
+    ranks.finish(ranks.start(2, of_rank, tmp_path, log=log), log)
     for rank in range(2):
         kept, again = (torch.load(tmp_path / f"{c}-{rank}.pt") for c in (False, True))
         assert same_bits(kept, again)

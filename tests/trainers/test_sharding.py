@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from trainers.optim import ManifoldMuon
@@ -21,7 +21,6 @@ from trainers.optim import ManifoldMuon
 WORLDS = (3, 1, 2, 4)  # 3 first: the others continue from its checkpoint
 STEPS = range(5)
 LATER = range(5, 8)
-DEADLINE = 120  # seconds; a deadlock would last until gloo's timeout
 
 
 def gaussian(*shape: int, seed: int) -> torch.Tensor:
@@ -201,6 +200,7 @@ def group_of(world: int, rank: int, folder: Path) -> Iterator[None]:
         world_size=world,
         timeout=timedelta(seconds=60),
     )
+    _left.append(dist.group.WORLD)
     try:
         yield
         dist.barrier()
@@ -208,10 +208,15 @@ def group_of(world: int, rank: int, folder: Path) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def everything(rank: int, folder: Path) -> None:
+_left: list[object] = []
+"""Every group of a process, for the reason that `trainers.distributed` keeps its last."""
+
+
+def everything(folder: Path) -> None:
     """What one process does: every case in every world that it belongs to. A world of one has, besides,
     the runs without a process group that the others are measured by."""
     torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
     for world in WORLDS:
         if rank >= world:
             continue
@@ -242,14 +247,8 @@ def everything(rank: int, folder: Path) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict[str, Any]]:
     """What each (world size, rank) found. One set of processes forms all worlds, one after the other."""
     folder = tmp_path_factory.mktemp("ranks")
-    processes = mp.spawn(everything, args=(folder,), nprocs=max(WORLDS), join=False)
-    deadline = time.monotonic() + DEADLINE
-    try:
-        while not processes.join(timeout=1):  # raises what a process raised
-            assert time.monotonic() < deadline, "the processes wait for one another"
-    finally:
-        for process in processes.processes:
-            process.kill()
+    log = folder / "log"
+    ranks.finish(ranks.start(max(WORLDS), everything, folder, log=log), log)
     return {
         (world, rank): torch.load(folder / f"{world}-{rank}.pt", weights_only=True)
         for world in WORLDS
