@@ -7,14 +7,21 @@ blindness. Names stand in ink beside the lines, and markers say the same again f
 from __future__ import annotations
 
 import io
+import logging
 import math
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib import font_manager
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+
+_log = logging.getLogger(__name__)
 
 PAPER = "#ffffff"
 INK = "#1b1e23"
@@ -48,8 +55,15 @@ HEAT = "cividis"
 ON_DARK, ON_LIGHT = "#fcfcfc", "#101010"
 """Text on a coloured cell, which keeps its colour on a dark page; so does this text."""
 
+FONTS = (
+    "DejaVu Sans",
+    *(f"Noto Sans CJK {region}" for region in ("SC", "TC", "JP", "KR")),
+    *("WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic"),
+    *("Noto Emoji", "Symbola", "Apple Symbols", "Segoe UI Symbol"),
+)
+"""The first comes with matplotlib; the others, where they are installed, draw what it has no glyphs for."""
+
 _RC = {
-    "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "axes.titlesize": 10.0,
     "axes.titleweight": "bold",
@@ -117,7 +131,13 @@ MODULAR_ARMS = {
 
 def look() -> Any:
     """Context in which figures are built and written."""
-    return mpl.rc_context(_RC)
+    return mpl.rc_context({**_RC, "font.family": _fonts()})
+
+
+@cache
+def _fonts() -> list[str]:
+    installed = font_manager.get_font_names()
+    return [font for font in FONTS if font in installed]
 
 
 def arm_styles(arms: Sequence[str]) -> dict[str, Style]:
@@ -210,6 +230,27 @@ def _saved(figure: Figure, kind: str, metadata: dict[str, Any], **options: Any) 
     if about is not None:
         runs = f" Runs: {' '.join(about.run_ids)}" if about.run_ids else ""
         metadata = {**metadata, "Title": about.title, "Description": about.caption + runs}
-    with look():
+    with look(), warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
         figure.savefig(buffer, format=kind, metadata=metadata, **options)
+    missing = set()
+    for warning in heard:
+        if glyph := re.match(r"Glyph (\d+) ", str(warning.message)):
+            missing.add(chr(int(glyph[1])))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    _say(missing - _said)
     return buffer.getvalue()
+
+
+_said: set[str] = set()
+
+
+def _say(missing: set[str]) -> None:
+    """Tell once of characters that figures show as boxes."""
+    if missing:
+        _said.update(missing)
+        found = " ".join(sorted(missing))
+        _log.warning(
+            f"figures: no font here has {found}; boxes stand for them. Noto Sans CJK has most scripts"
+        )

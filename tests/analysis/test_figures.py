@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from paper_size import BAD, many_arms, paper_size
 from synthetic import ARMS, Run, curve, grid_index, planted, write_store
 
-from analysis import figures, mechanism
+from analysis import figures, mechanism, theme
 from analysis.figures import FIGURES
 from analysis.figures.drawing import MOST_POINTS, Group, thinned
 from analysis.load import load
@@ -712,3 +713,22 @@ def test_long_curves_keep_their_extremes():
     assert thin.equals(series[thin.index])
     assert (thin.index[0], thin.index[-1]) == (0, 199_990)
     assert thinned(series[:500]) is series[:500] or thinned(series[:500]).equals(series[:500])
+
+
+def test_characters_without_a_glyph_are_told_of_once(caplog, recwarn):
+    figure = Figure()
+    figure.suptitle("\ue001 and \ue002")  # for private use: in no font
+    for make in (svg, png, svg):
+        make(figure)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("figures: no font here has \ue001 \ue002; boxes stand for them")
+    assert not [str(w.message) for w in recwarn]
+
+
+def test_fonts_that_are_installed_draw_what_the_first_has_not(monkeypatch):
+    monkeypatch.setattr(theme, "FONTS", ("DejaVu Sans", "no such font", "STIXGeneral"))
+    theme._fonts.cache_clear()
+    try:
+        assert theme._fonts() == ["DejaVu Sans", "STIXGeneral"]
+    finally:
+        theme._fonts.cache_clear()
