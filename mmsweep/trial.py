@@ -107,14 +107,18 @@ class _FollowerActor:
 
 
 def _relay(agent: AgentProcess) -> News:
-    """Report the newest news to Tune, at most every REPORT_S; returns the last."""
+    """Report the newest news to Tune every REPORT_S; returns the last.
+
+    Also where there are none: between two reports Tune cannot stop a trial, and kills it ten seconds later.
+    """
     reported, pending = time.monotonic(), None
     while True:
         pending = agent.news(timeout=REPORT_S) or pending
-        if pending and (pending.done or time.monotonic() - reported > REPORT_S):
-            tune.report({"news": asdict(pending)})  # nested: `done` at the top has a meaning to Tune
+        if (pending and pending.done) or time.monotonic() - reported > REPORT_S:
+            # Nested: `done` at the top has a meaning to Tune.
+            tune.report({"news": asdict(pending)} if pending else {})
             reported = time.monotonic()
-            if pending.done:
+            if pending and pending.done:
                 return pending
             pending = None
 

@@ -227,6 +227,8 @@ def _begin(part: Path, spec: str) -> tuple[dict[str, ShardWriter], Position, int
         state = json.loads((part / PROGRESS).read_text())
         if state["spec"] == spec:
             writers = {s: ShardWriter(part, s, SHARD_TOKENS, state["splits"][s]) for s in SPLITS}
+            for half in part.glob(".*.json.*"):  # `write_json` was killed at it
+                half.unlink()
             file, row = state["then"]
             return writers, (file, row), state["rows"], state["documents"]
     except (OSError, ValueError, KeyError, TypeError):

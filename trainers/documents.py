@@ -137,12 +137,18 @@ def find(data: DataConfig) -> Files | DataSet:
         return DataSet(data)
     if data.source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        paths = [p for p in root.rglob("*.py") if "site-packages" not in p.parts and p.is_file()]
-        return Files(data, root, paths)
+        return Files(data, root, [p for p in _modules(root) if p.is_file()])
     paths = [p for p in matches(str(data.path)) if p.is_file()]
     if not paths:
         raise InputError(f'data.path "{data.path}" matches no file; give a glob such as "corpus/**/*.txt"')
     return Files(data, Path(os.path.commonpath([p.parent for p in paths])), paths)
+
+
+def _modules(root: Path) -> Iterator[Path]:
+    """Python's own: packages that were installed may be many times as many files."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name != "site-packages"]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def spec_hash(data: DataConfig) -> str:

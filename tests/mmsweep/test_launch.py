@@ -105,10 +105,9 @@ def losses(store: RunStore, steps: int = STEPS) -> dict[str, list[float]]:
     return found
 
 
-def table_1(store: RunStore, tmp_path: Path) -> bytes:
-    out = tmp_path / f"report-{len(list(tmp_path.iterdir()))}"
-    subprocess.run([sys.executable, "-m", "mmsweep.report", store.url, "--out", str(out)], check=True)
-    return (out / "tables" / "t1.csv").read_bytes()
+def table_1(folder: Path | str) -> bytes:
+    """From the report that a launch leaves: in the store's folder, or where it was typed."""
+    return (Path(folder) / "report" / "tables" / "t1.csv").read_bytes()
 
 
 def test_a_grid_becomes_finished_runs_and_a_report(undisturbed):
@@ -170,27 +169,26 @@ def test_an_s3_store_gives_the_same_tables(undisturbed, grid, s3_url, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     remote = open_store(s3_url)
     assert losses(remote) == losses(store)
-    assert table_1(remote, tmp_path) == table_1(store, tmp_path)
+    assert table_1(tmp_path) == table_1(store.url)
 
 
 def test_killed_and_stopped_launches_go_on_where_they_were(grid, tmp_path):
     """SIGKILL to the first driver, Ctrl-C to the second; the third finishes. Nothing is lost or doubled."""
-    steps = 5000
+    steps = 3000
     long = grid(
         **{
             "steps: 12": f"steps: {steps}",
-            "{every: 4": "{every: 2500",
-            "checkpoint_every: 4": "checkpoint_every: 400",
+            "{every: 4": "{every: 1500",
+            "checkpoint_every: 4": "checkpoint_every: 100, part_seconds: 1",
+            "seeds: [1, 2]": "seeds: [1]",
+            "  plain: {attn: none, mlp: none}\n": "",
         }
-        | {"seeds: [1, 2]": "seeds: [1]"}
     )
     where = tmp_path / "store"
     store = open_store(str(where))
 
     first = subprocess.Popen(command(long, where), stdout=subprocess.DEVNULL, cwd=tmp_path)
-    wait_for(
-        lambda: _checkpoints(where, "hetero") and _checkpoints(where, "plain"), "checkpoints in the store"
-    )
+    wait_for(lambda: _checkpoints(where, "hetero"), "a checkpoint in the store")
     first.kill()
     first.wait()
     wait_for(lambda: not processes("mmsweep.agent") and not processes("trainers.train"), "orphans to end")
@@ -199,7 +197,7 @@ def test_killed_and_stopped_launches_go_on_where_they_were(grid, tmp_path):
     second = subprocess.Popen(
         command(long, where), stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True
     )
-    wait_for(lambda: len(list(where.glob("runs/*/attempt-002/*.jsonl"))) >= 2, "records of the second launch")
+    wait_for(lambda: any(where.glob("runs/*/attempt-002/*.jsonl")), "records of the second launch")
     os.killpg(second.pid, signal.SIGINT)  # as a terminal does it
     printed, _ = second.communicate(timeout=90)
     assert second.returncode == 1
@@ -218,7 +216,7 @@ def test_killed_and_stopped_launches_go_on_where_they_were(grid, tmp_path):
     assert undisturbed.returncode == 0
     expected = open_store(str(tmp_path / "other"))
     assert losses(store, steps) == losses(expected, steps)
-    assert table_1(store, tmp_path) == table_1(expected, tmp_path)
+    assert table_1(where) == table_1(tmp_path / "other")
 
 
 @contextlib.contextmanager
@@ -315,7 +313,7 @@ def test_a_failing_run_never_stops_the_others_and_a_killed_worker_is_tried_again
         **{
             "seeds: [1, 2]": "seeds: [1]",
             "  plain:": "  broken: {runtime: {device: cuda}}\n  plain:",
-            "steps: 12": "steps: 8000",
+            "steps: 12": "steps: 3000",
             "every: 4": "every: 400",
             "checkpoint_every: 400": "checkpoint_every: 200",
             "name: tiny": "name: tiny\nresources: {max_failures: 1}",
@@ -365,9 +363,8 @@ def _checkpoints(where: Path, arm: str) -> int:
 
 def test_two_workers_a_trial_give_the_same_losses(undisturbed, grid, tmp_path):
     expected, _ = undisturbed
-    done = launch(
-        grid(**{"name: tiny": "name: tiny\nresources: {workers: 2, cpus_per_worker: 0.5}"}), tmp_path / "s"
-    )
+    two = "name: tiny\nresources: {workers: 2, cpus_per_worker: 0.5}"
+    done = launch(grid(**{"name: tiny": two, "seeds: [1, 2]": "seeds: [1]"}), tmp_path / "s")
     assert done.returncode == 0, done.stdout + done.stderr
     store = open_store(str(tmp_path / "s"))
     for run_id, values in losses(store).items():

@@ -89,7 +89,7 @@ def test_a_run_whose_node_dies_goes_on_elsewhere(nodes, texts, tmp_path):
     for _ in range(2):
         nodes.add()
     resources = "{workers: 2, max_failures: 0}"  # a lost node is no failure
-    grid = write_grid(tmp_path / "g.yaml", texts, resources=resources, seeds=[1, 2], steps=steps, every=50)
+    grid = write_grid(tmp_path / "g.yaml", texts, resources=resources, seeds=[1], steps=steps, every=50)
     where, log = tmp_path / "store", tmp_path / "log"
     sweep = launch(grid, where, log, nodes.address)
 
@@ -101,10 +101,10 @@ def test_a_run_whose_node_dies_goes_on_elsewhere(nodes, texts, tmp_path):
     nodes.add()
     sweep.wait(240)
     store = open_store(str(where))
-    assert all_completed(store, 4), log.read_text()
+    assert all_completed(store, 2), log.read_text()
     measured = losses(store, steps)
     attempts = {run_id: store.summary(run_id)["attempts"] for run_id in measured}
-    assert sorted(attempts.values()) == [1, 1, 1, 2]
+    assert sorted(attempts.values()) == [1, 2]
     moved = max(attempts, key=lambda run_id: attempts[run_id])
     assert measured[moved] == on_this_machine(store, moved, tmp_path / "alone")
     wait_for(lambda: not left_over(), "all processes to end")

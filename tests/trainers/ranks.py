@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
-import signal
 import socket
 import sys
 import time
@@ -85,6 +84,5 @@ def finish(processes: list[BaseProcess], log: Path) -> None:
 def kill(processes: list[BaseProcess]) -> None:
     """What the agent does when one rank has died."""
     for process in processes:
-        if process.is_alive():
-            os.kill(process.pid or 0, signal.SIGKILL)
+        process.kill()  # nothing where it has ended
         process.join()
