@@ -30,7 +30,7 @@ from mmsweep import evidence, failures
 from mmsweep import workers as worker_processes
 from mmsweep.budget import devices
 from mmsweep.detached import Detached, answer
-from mmsweep.failures import BAD_INPUT, CRASH, HANG, LOST, PREEMPTED, Cause, Failure, Sight
+from mmsweep.failures import BAD_INPUT, CRASH, DEVICE, HANG, LOST, PREEMPTED, Cause, Failure, Sight
 from mmsweep.lease import POLL_S as LEASE_POLL_S
 from mmsweep.lease import Lease
 from mmsweep.resources import Resources
@@ -48,6 +48,8 @@ WAIT_S = 1.0
 """Pause between two looks at a run that somebody else works on."""
 ASK_S = 5.0
 """Pause between two looks for a request to stop, where no status is published."""
+HOLD_S = 60.0
+"""How long an agent keeps the place of a GPU that is gone or broken, before its run is tried elsewhere."""
 LAST_SHIP_S = 120.0
 """How long an agent without a launcher tries to reach the store before it gives up."""
 SETTLE_S = 3.0
@@ -157,6 +159,10 @@ class Agent:
             taken = self.machine_goes.is_set() and isinstance(error, _GaveUpError)
             status = records.PENDING if taken else records.FAILED
             self._tell(status=status, reason=str(error), retry=taken, preempted=taken)
+        if self.news.retry and self.news.kind == DEVICE:
+            # Its place is free for the next run the moment this process ends, which would fail there too.
+            with contextlib.suppress(_ToldToEndError):
+                self._rest(HOLD_S)
         return self._tell(done=True)
 
     # --- before and after an attempt --------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from mmsweep.workers import EXIT_BAD_INPUT, EXIT_STOPPED
+from mmsweep.workers import EXIT_BAD_INPUT, EXIT_NO_DEVICE, EXIT_STOPPED
 from trainers import records
 
 CRASH = "crash"
@@ -28,10 +28,12 @@ BAD_INPUT = "bad_input"
 PREEMPTED = "preempted"
 LOST = "lost"
 """An attempt without a last word: its machine or its agent died."""
+DEVICE = "device"
+"""A GPU of its machine is gone or broken."""
 
 OF_THE_RUN = (CRASH, HANG, KILLED)
 """Kinds that `resources.max_failures` limits."""
-OF_THE_MACHINE = (PREEMPTED, LOST)
+OF_THE_MACHINE = (PREEMPTED, LOST, DEVICE)
 """Kinds that `resources.max_preemptions` limits."""
 
 KEPT = 20
@@ -186,6 +188,17 @@ OUT_OF_MEMORY = (
     "not enough memory",
     "std::bad_alloc",
 )
+BROKEN_DEVICE = (
+    "uncorrectable ecc error",
+    "uncorrectable nvlink error",
+    "no cuda-capable device is detected",
+    "cuda-capable device(s) is/are busy or unavailable",
+    "cuda driver initialization failed",
+    "cuda error: system not yet initialized",
+    "cuda unknown error",
+    "gpu is lost",
+)
+"""What CUDA says when the machine is to blame, not the program."""
 LOST_ANOTHER = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "socket closed")
 """What a worker says when another one has gone."""
 WAITED_IN_VAIN = ("timed out waiting", "timed out after", "operation timeout", "wait timeout")
@@ -212,6 +225,12 @@ def explain(codes: Mapping[int, int | None], logs: Mapping[int, str], *, oom_kil
         for line in reversed(tails[rank]):
             if any(words in line.lower() for words in OUT_OF_MEMORY):
                 return Cause(OOM, _short(line), rank)
+    for rank, code in ended.items():
+        if code == EXIT_NO_DEVICE:
+            return Cause(DEVICE, _short(tails[rank][-1] if tails[rank] else "no GPU"), rank)
+        for line in tails[rank]:
+            if _says(line, BROKEN_DEVICE):
+                return Cause(DEVICE, _short(line), rank)
     for rank, code in ended.items():
         if -code in _OUTSIDE:
             if oom_killed and code == -signal.SIGKILL:

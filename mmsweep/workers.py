@@ -25,6 +25,7 @@ CONNECT_S = 30.0
 END_S = 15.0
 """How long a follower may take to end its workers."""
 EXIT_STOPPED = 75  # trainers.train.EXIT_STOPPED; importing it would load torch
+EXIT_NO_DEVICE = 69  # likewise
 EXIT_BAD_INPUT = 2
 LOOPBACK = "127.0.0.1"
 LISTENER = "MASTER_LISTEN_FD"  # read by trainers.distributed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainers.errors import InputError
+from trainers.errors import DeviceError, InputError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A worker that waits longer than this for the others fails, so that a hang ends."""
@@ -55,12 +57,30 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
 
     Raises:
         InputError: CUDA is wanted and there is none.
+        DeviceError: there are fewer GPUs than CUDA_VISIBLE_DEVICES names, as where a driver has failed. A
+            run on CPU cores instead, or two on one GPU, would be a hundred times slower and say nothing.
     """
+    found = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    if wanted != "cpu" and found < (named := _gpus_named()):
+        raise DeviceError(
+            f"{platform.node()}: CUDA_VISIBLE_DEVICES names {named} GPU{'s'[: named != 1]} and torch finds "
+            f"{found or 'none'}; mend that machine (python -m mmsweep doctor), or set runtime.device: cpu"
+        )
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError('runtime.device is "cuda" and torch finds no CUDA device here; use "auto" or "cpu"')
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
+
+
+def _gpus_named() -> int:
+    """By CUDA_VISIBLE_DEVICES, up to the first entry that is none, as CUDA reads it."""
+    count = 0
+    for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","):
+        if not re.fullmatch(r"\d+|(GPU|MIG)-.+", entry.strip()):
+            break
+        count += 1
+    return count
 
 
 @contextmanager

@@ -13,6 +13,10 @@ class InputError(Exception):
     """
 
 
+class DeviceError(InputError):
+    """A GPU that was promised to this process is not there. Another machine may have it."""
+
+
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """`' (did you mean "stiefel"?)'`, or the allowed names where nothing is near."""
     names = sorted(str(name) for name in allowed)

@@ -32,7 +32,7 @@ from trainers.batches import EVALUATION_KEY, Batches
 from trainers.checkpoint import Progress, SaveError, Saver, TrainState
 from trainers.config import SCHEMA_VERSION, RunConfig, run_id
 from trainers.distributed import Group, join
-from trainers.errors import InputError
+from trainers.errors import DeviceError, InputError
 from trainers.memory import keep_freed_memory
 from trainers.models import Model, build
 from trainers.optim import ManifoldMuon
@@ -46,6 +46,8 @@ from trainers.schedule import lr_factor
 from trainers.slots import SlotSum
 from trainers.stability import EARLY_TERMINATION, HARD_SPIKE, Fired, judge
 
+EXIT_NO_DEVICE = 69
+"""Exit code of a run whose GPU is not there (EX_UNAVAILABLE: run it elsewhere)."""
 EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop and saved its state (EX_TEMPFAIL: run it again)."""
 
@@ -578,6 +580,9 @@ def main(argv: list[str] | None = None) -> int:
         with _stop_requests(arguments.lifeline) as stop:
             show = None if arguments.quiet else _progress_lines(run)
             summary = train(run, run_dir, attempt=arguments.attempt, on_record=show, should_stop=stop.is_set)
+    except DeviceError as error:
+        print(error, file=sys.stderr)
+        return EXIT_NO_DEVICE
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

@@ -96,7 +96,7 @@ def _nodes(objects: ObjectStore | None) -> Findings:
         for node in nodes:
             there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
             task = ray.remote(num_cpus=0, scheduling_strategy=there)(examine)
-            asked.append(task.remote(mark))
+            asked.append(task.remote(mark, node["Resources"].get("GPU", 0.0)))
         sound = 0
         for node, answer in zip(nodes, asked, strict=True):
             name = f"node {node['NodeManagerAddress']}"
@@ -151,11 +151,14 @@ def marked(objects: ObjectStore | None) -> Iterator[Mark | None]:
             objects.delete(mark.key)
 
 
-def examine(mark: Mark | None) -> tuple[dict[str, str], list[Finding]]:
-    """In a task on a node of a cluster: its versions, and what the checks find there."""
+def examine(mark: Mark | None, gpus: float = 0.0) -> tuple[dict[str, str], list[Finding]]:
+    """In a task on a node of a cluster, where Ray has `gpus`: its versions, and what the checks find."""
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides the GPUs from a task that asks for none
-    checks: list[tuple[str, Callable[[], Findings]]] = [("devices", check_devices), ("disk", check_disks)]
+    checks: list[tuple[str, Callable[[], Findings]]] = [
+        ("devices", lambda: check_devices(gpus)),
+        ("disk", check_disks),
+    ]
     if mark is not None:
         checks.append(("store", lambda: _from_here(mark)))
     return facts(), [finding for subject, check in checks for finding in guarded(subject, check)]

@@ -86,8 +86,12 @@ def installed(package: str) -> str | None:
         return None
 
 
-def check_devices() -> Findings:
-    """GPUs as the driver sees them and as torch does, bfloat16, and NCCL."""
+def check_devices(declared: float = 0) -> Findings:
+    """GPUs as the driver sees them and as torch does, bfloat16, and NCCL.
+
+    Args:
+        declared: GPUs that Ray hands out on this machine.
+    """
     driver = _driver()
     # A broken driver can end the process that asks torch about it.
     done = _python("from mmsweep.doctor.machine import print_torch; print_torch()", timeout=RANKS_TIMEOUT_S)
@@ -97,6 +101,10 @@ def check_devices() -> Findings:
         )
         return
     seen = json.loads(done.stdout.splitlines()[-1])
+    if len(seen["gpus"]) < declared:
+        what = f"Ray hands out {count(round(declared), 'GPU')} here, and torch finds {len(seen['gpus'])}"
+        fix = "mend the driver there, or start Ray with --num-gpus of what works"
+        yield Finding("problem", "devices", what, fix)
     if not seen["gpus"]:
         if driver is None:
             yield Finding("ok", "devices", f"no GPU; runs train on {usable_cpus()} CPU cores")

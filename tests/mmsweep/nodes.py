@@ -28,7 +28,7 @@ base:
   optimizer: {muon: {lr: 0.1, solver: projected}}
   schedule: {steps: STEPS, warmup_steps: 2, batch_size: 8}
   evaluation: {every: STEPS, batches: 1}
-  runtime: {threads: 1, checkpoint_every: EVERY, part_seconds: 1}
+  runtime: {device: cpu, threads: 1, checkpoint_every: EVERY, part_seconds: 1}
 """
 MEMORY = 80 * 2**20
 """Of each node's object store, the least that Ray takes."""

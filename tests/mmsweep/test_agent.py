@@ -24,7 +24,7 @@ from mmsweep import agent as agents
 from mmsweep import evidence, failures
 from mmsweep.agent import Agent, AgentProcess, Job, News
 from mmsweep.contents import LOGS, contents, kind_in_run
-from mmsweep.failures import BAD_INPUT, CRASH, HANG, KILLED, LOST, OOM, PREEMPTED
+from mmsweep.failures import BAD_INPUT, CRASH, DEVICE, HANG, KILLED, LOST, OOM, PREEMPTED
 from mmsweep.keep import garbage, problems_of
 from mmsweep.lease import claims
 from mmsweep.objects import DirectoryStore, StoreError
@@ -410,6 +410,31 @@ def test_bad_input_is_never_tried_again(job, attempt):
     end = attempt(wanted).ended()
     assert (end.status, end.retry, end.kind) == (records.FAILED, False, BAD_INPUT)
     assert "/nowhere/*.txt" in end.reason
+
+
+def test_a_gpu_that_is_not_there_keeps_its_place_for_a_while_and_costs_no_failure(
+    job, store, attempt, monkeypatch
+):
+    """As after a driver has failed. Without the pause the place would be free at once for the next run,
+    which would fail there too."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")  # Ray gives it; no machine of these tests has as many
+    monkeypatch.setattr(agents, "HOLD_S", 2.0)
+    wanted = job(max_failures=0, max_preemptions=1)
+    first = attempt(wanted)
+    wait_for(lambda: first.agent.news.kind == DEVICE, "the failure")
+    begun = time.monotonic()
+    assert store.status(wanted.run_id)["status"] == records.PENDING
+    end = first.ended()
+    assert time.monotonic() - begun > 1.5
+    assert (end.status, end.retry, end.preempted) == (records.PENDING, True, False)
+    assert "CUDA_VISIBLE_DEVICES names 1 GPU and torch finds none; mend that machine" in end.reason
+    second = attempt(wanted).ended()
+    assert (second.status, second.retry) == (records.FAILED, False)
+    assert second.reason.endswith("; 2 losses of a machine, and resources.max_preemptions is 1")
+    assert kinds(store.status(wanted.run_id)) == [DEVICE, DEVICE]
+    third = attempt(replace(wanted, launch="another launch"))
+    wait_for(lambda: third.agent.news.kind == DEVICE, "the failure")
+    third.launcher_gone.set()  # nobody is left to try it again: the place is free
 
 
 def test_losses_of_machines_have_a_budget_of_their_own(job, store, attempt, trainer):

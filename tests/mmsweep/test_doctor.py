@@ -326,6 +326,13 @@ def test_gpus_that_torch_does_not_see(tmp_path, monkeypatch):
     assert found.what == f"driver 550.54.14 with 2 GPUs, and torch {seen}"
 
 
+def test_gpus_that_ray_hands_out_and_torch_does_not_find(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    missed = next(machine.check_devices(declared=3.0))
+    assert missed.level == "problem"
+    assert missed.what == "Ray hands out 3 GPUs here, and torch finds 0"
+
+
 def test_workers_that_cannot_find_each_other(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "nosuch0")

@@ -17,6 +17,7 @@ from mmsweep import failures
 from mmsweep.failures import (
     BAD_INPUT,
     CRASH,
+    DEVICE,
     HANG,
     KEPT,
     KILLED,
@@ -35,10 +36,10 @@ from mmsweep.failures import (
     same_error,
     to_json,
 )
-from mmsweep.workers import EXIT_BAD_INPUT, EXIT_STOPPED
-from trainers import records
+from mmsweep.workers import EXIT_BAD_INPUT, EXIT_NO_DEVICE, EXIT_STOPPED
+from trainers import records, train
 
-KINDS = (CRASH, HANG, OOM, KILLED, BAD_INPUT, PREEMPTED, LOST)
+KINDS = (CRASH, HANG, OOM, KILLED, BAD_INPUT, PREEMPTED, LOST, DEVICE)
 
 
 def failure(kind: str, reason: str = "why", attempt: int = 1) -> Failure:
@@ -70,7 +71,8 @@ def tried_until_given_up(kinds: Sequence[str], max_failures: int, max_preemption
         ((KILLED,), 3, records.FAILED),
         ((CRASH, HANG, KILLED), 3, records.FAILED),
         ((PREEMPTED,), 6, records.FAILED),
-        ((LOST, PREEMPTED), 6, records.FAILED),
+        ((LOST, PREEMPTED, DEVICE), 6, records.FAILED),
+        ((DEVICE,), 6, records.FAILED),  # always the same words, and yet no poison
         ((PREEMPTED, CRASH), 6, records.FAILED),  # the third crash, after three preemptions
         ((PREEMPTED, PREEMPTED, OOM), 6, records.OOM),
         ((CRASH, OOM), 4, records.OOM),
@@ -90,17 +92,18 @@ def test_a_run_goes_on_exactly_while_no_budget_is_spent(kinds, max_failures, max
     seen = [failure(kind, reason="x" * k) for k, kind in enumerate(kinds)]
     decision = decide(seen, max_failures=max_failures, max_preemptions=max_preemptions)
     own = len([kind for kind in kinds if kind in (CRASH, HANG, KILLED)])
-    losses = len([kind for kind in kinds if kind in (PREEMPTED, LOST)])
+    losses = len([kind for kind in kinds if kind in (PREEMPTED, LOST, DEVICE)])
     goes_on = {
         BAD_INPUT: False,
         OOM: kinds.count(OOM) == 1,
         PREEMPTED: losses <= max_preemptions,
         LOST: losses <= max_preemptions,
+        DEVICE: losses <= max_preemptions,
     }.get(kinds[-1], own <= max_failures)
     assert decision.retry == goes_on
     assert decision.status in records.STATUSES
     assert 0 <= decision.wait_s <= 60
-    if kinds[-1] in (PREEMPTED, LOST) or not goes_on:
+    if kinds[-1] in (PREEMPTED, LOST, DEVICE) or not goes_on:
         assert decision.wait_s == 0
 
 
@@ -212,6 +215,8 @@ NCCL = (
     "terminate called after throwing an instance of 'c10::DistBackendError'\n"
     "  what():  [PG ID 0] Process group watchdog thread terminated with exception\n"
 )
+BROKEN = "[rank1]: RuntimeError: CUDA error: uncorrectable ECC error encountered\n"
+GONE = "n3: CUDA_VISIBLE_DEVICES names 1 GPU and torch finds none; mend that machine\n"
 CUDA = TRACEBACK + "[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 9.00 GiB.\n"
 
 
@@ -226,6 +231,12 @@ CUDA = TRACEBACK + "[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried t
         ({0: -15, 1: 75}, {}, Cause(KILLED, "rank 0 got SIGTERM from outside", 0)),
         ({0: 1, 1: None}, {0: PEER}, Cause(KILLED, PEER.splitlines()[-1].removeprefix("[rank0]: "), 0)),
         ({0: 1, 1: 1}, {0: PEER, 1: CUDA}, Cause(OOM, CUDA.splitlines()[-1].removeprefix("[rank1]: "), 1)),
+        ({0: 69, 1: 1}, {0: GONE, 1: PEER}, Cause(DEVICE, GONE.strip(), 0)),
+        (
+            {0: 1, 1: -6},
+            {0: PEER, 1: TRACEBACK + BROKEN},
+            Cause(DEVICE, BROKEN.strip().removeprefix("[rank1]: "), 1),
+        ),
         (
             {0: -6},
             {0: "terminate called\n  what():  std::bad_alloc\n"},
@@ -241,7 +252,7 @@ CUDA = TRACEBACK + "[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried t
     ],
 )
 def test_why_workers_ended(codes, logs, cause):
-    assert (EXIT_BAD_INPUT, EXIT_STOPPED) == (2, 75)
+    assert (EXIT_BAD_INPUT, EXIT_NO_DEVICE, EXIT_STOPPED) == (2, train.EXIT_NO_DEVICE, train.EXIT_STOPPED)
     assert explain(codes, logs, oom_killed=False) == cause
 
 
@@ -250,7 +261,9 @@ def test_the_kernel_s_kill_is_a_lack_of_memory():
     assert explain({0: -signal.SIGSEGV}, {}, oom_killed=True).kind == CRASH
 
 
-@given(st.dictionaries(st.integers(0, 3), st.sampled_from([None, 0, 1, 2, 75, -6, -9, -15, -64]), min_size=1))
+@given(
+    st.dictionaries(st.integers(0, 3), st.sampled_from([None, 0, 1, 2, 69, 75, -6, -9, -15, -64]), min_size=1)
+)
 def test_every_bad_end_has_a_cause(codes):
     if any(codes.values()):
         cause = explain(codes, dict.fromkeys(codes, CRASHED), oom_killed=False)

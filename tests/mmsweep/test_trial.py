@@ -14,7 +14,7 @@ from ray.core.generated import autoscaler_pb2
 from ray.experimental.internal_kv import _internal_kv_put
 from tiny import processes, wait_for
 
-from mmsweep import cluster, trial
+from mmsweep import cluster, doctor, trial
 from mmsweep.agent import Job
 from mmsweep.cluster import connect
 from mmsweep.progress import Board
@@ -131,7 +131,8 @@ def test_as_many_runs_go_on_at_once_as_the_cluster_has_room_for_when_it_grows(no
 
 
 def test_workers_see_the_gpus_of_their_trial_and_no_others(nodes, texts, tmp_path):
-    """Nodes that claim three GPUs: two runs share one of them, a run of two workers has the others."""
+    """A node that claims three GPUs: two runs share one of them, a run of two workers has the others. They
+    are told to use none, and the doctor is not deceived."""
     nodes.add(cpus=4, gpus=3)
     half = "{gpus_per_worker: 0.5, max_concurrent: 2}"
     whole = "{workers: 2, gpus_per_worker: 1.0, max_concurrent: 1}"
@@ -156,6 +157,8 @@ def test_workers_see_the_gpus_of_their_trial_and_no_others(nodes, texts, tmp_pat
     for sweep in sweeps:
         sweep.wait(120)
     wait_for(lambda: not left_over(), "all processes to end")
+    said = [found.what for found in doctor.check_cluster(nodes.address) if found.level == "problem"]
+    assert any(what.endswith("Ray hands out 3 GPUs here, and torch finds 0") for what in said), said
 
 
 def test_a_launch_that_finds_no_room_says_so_and_ends(nodes, texts, tmp_path):

@@ -12,8 +12,8 @@ import torch
 from trainers.batches import Batches
 from trainers.clock import Clock, no_span
 from trainers.devices import peak, peak_memory
-from trainers.distributed import Group
-from trainers.errors import InputError
+from trainers.distributed import Group, pick_device
+from trainers.errors import DeviceError, InputError
 from trainers.prefetch import Prefetch
 from trainers.shards import HEADER_BYTES, write_shard
 
@@ -48,6 +48,32 @@ def test_a_device_is_known_by_the_name_that_cuda_gives_it(name, teraflops):
 )
 def test_other_devices_have_no_known_peak(name):
     assert peak(name) is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "named"),
+    [(None, 0), ("", 0), ("-1", 0), ("none", 0), ("0", 1), ("0, 3", 2), ("GPU-8932f937", 1), ("1,-1,2", 1)],
+)
+@pytest.mark.parametrize("found", [0, 1, 2])
+def test_a_gpu_that_was_promised_is_there_or_missed(monkeypatch, visible, named, found):
+    """Not on CPU cores instead, nor two ranks on one GPU, which would go on as if nothing were."""
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    assert pick_device("cpu") == CPU
+    if found < named:
+        for wanted in ("auto", "cuda"):
+            with pytest.raises(DeviceError, match=rf"names {named} GPU.* finds {found or 'none'}; mend"):
+                pick_device(wanted)
+    elif found:
+        assert [pick_device("auto", rank).index for rank in range(3)] == [rank % found for rank in range(3)]
+    else:
+        assert pick_device("auto") == CPU
+        with pytest.raises(InputError, match=r'runtime\.device is "cuda" and torch finds no'):
+            pick_device("cuda")
 
 
 def test_the_clock_adds_spans_of_one_name_and_starts_anew():
