@@ -254,13 +254,10 @@ class ManifoldMuon(torch.optim.Optimizer):
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=_wide(p.dtype))
             buffers = [self.state[p]["momentum_buffer"] for p in with_grad]
-            grads = [p.grad.to(b.dtype) for p, b in zip(with_grad, buffers, strict=True)]
-            if buffers[0].device.type == "cpu":  # one pass over memory, which is what it costs there
-                for buffer, grad in zip(buffers, grads, strict=True):
-                    torch.add(grad, buffer, alpha=group["momentum"], out=buffer)
-            else:
-                torch._foreach_mul_(buffers, group["momentum"])
-                torch._foreach_add_(buffers, grads)
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(
+                buffers, [p.grad.to(b.dtype) for p, b in zip(with_grad, buffers, strict=True)]
+            )
 
     def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         """Nesterov: `G = grad + momentum * buf`."""
