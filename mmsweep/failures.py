@@ -218,19 +218,15 @@ def explain(codes: Mapping[int, int | None], logs: Mapping[int, str], *, oom_kil
     """
     ended = {rank: code for rank, code in codes.items() if code}
     tails = {rank: log_tail(logs.get(rank, "")) for rank in codes}
-    for rank, code in ended.items():
-        if code == EXIT_BAD_INPUT:
-            return Cause(BAD_INPUT, _short(tails[rank][-1] if tails[rank] else "no output"), rank)
-    for rank in ended:
-        for line in reversed(tails[rank]):
-            if any(words in line.lower() for words in OUT_OF_MEMORY):
-                return Cause(OOM, _short(line), rank)
-    for rank, code in ended.items():
-        if code == EXIT_NO_DEVICE:
-            return Cause(DEVICE, _short(tails[rank][-1] if tails[rank] else "no GPU"), rank)
-        for line in tails[rank]:
-            if _says(line, BROKEN_DEVICE):
-                return Cause(DEVICE, _short(line), rank)
+    for kind, own in ((BAD_INPUT, EXIT_BAD_INPUT), (DEVICE, EXIT_NO_DEVICE)):
+        for rank, code in ended.items():
+            if code == own:
+                return Cause(kind, _short(tails[rank][-1] if tails[rank] else "no output"), rank)
+    for kind, words in ((OOM, OUT_OF_MEMORY), (DEVICE, BROKEN_DEVICE)):
+        for rank in ended:
+            for line in reversed(tails[rank]):
+                if _says(line, words):
+                    return Cause(kind, _short(line), rank)
     for rank, code in ended.items():
         if -code in _OUTSIDE:
             if oom_killed and code == -signal.SIGKILL:

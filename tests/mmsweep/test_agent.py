@@ -432,9 +432,11 @@ def test_a_gpu_that_is_not_there_keeps_its_place_for_a_while_and_costs_no_failur
     assert (second.status, second.retry) == (records.FAILED, False)
     assert second.reason.endswith("; 2 losses of a machine, and resources.max_preemptions is 1")
     assert kinds(store.status(wanted.run_id)) == [DEVICE, DEVICE]
+    monkeypatch.setattr(agents, "HOLD_S", 10 * DEADLINE_S)
     third = attempt(replace(wanted, launch="another launch"))
     wait_for(lambda: third.agent.news.kind == DEVICE, "the failure")
     third.launcher_gone.set()  # nobody is left to try it again: the place is free
+    assert third.ended().retry
 
 
 def test_losses_of_machines_have_a_budget_of_their_own(job, store, attempt, trainer):
