@@ -277,7 +277,7 @@ class ManifoldMuon(torch.optim.Optimizer):
 
     def _gather(self, item: _Item, of: Callable[[nn.Parameter], Tensor]) -> Tensor:  # (B, m, n), m >= n
         blocks = [of(p).view(item.group["row_blocks"], -1, p.size(1))[block] for p, block in item.members]
-        tall = [M.mT.contiguous() if M.size(0) < M.size(1) else M for M in blocks]
+        tall = [M.mT if M.size(0) < M.size(1) else M for M in blocks]
         return tall[0].unsqueeze(0) if len(tall) == 1 else torch.stack(tall)
 
     def _scatter(self, item: _Item, W: Tensor) -> None:

@@ -30,7 +30,15 @@ from matrices import (
 
 from trainers.iterations import default_steps, gram_groups
 from trainers.manifold import METHODS, default_dtype, msign
-from trainers.manifold.msign import gram, inverse_root, msign_and_root, polar_near, steps_from
+from trainers.manifold.msign import (
+    add_product,
+    gram,
+    inverse_root,
+    msign_and_root,
+    polar_near,
+    product,
+    steps_from,
+)
 
 single_threaded = pytest.fixture(scope="module", autouse=True)(one_thread)
 
@@ -348,6 +356,23 @@ def test_gram_blocks_are_the_gram_matrix(n, dtype):
     assert torch.equal(gram(X)[1], gram(X[1]))
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("wide", [False, True])
+def test_products_of_one_matrix_keep_its_layout(batch, wide):
+    A, C = gaussian(batch, 12, 5), gaussian(batch, 12, 5, seed=1)
+    B = gaussian(batch, 5, 5, seed=2)
+    exact, sum_of_both = A @ B, 0.5 * C - 2 * (A @ B)
+    if wide:
+        A, C = (X.mT.contiguous().mT for X in (A, C))
+    for result, expected in (
+        (product(A, B), exact),
+        (add_product(C, A, B, beta=0.5, alpha=-2), sum_of_both),
+    ):
+        assert torch.allclose(result, expected, atol=1e-12)
+        if batch == 1:
+            assert result[0].stride() == A[0].stride()
+
+
 @given(st.integers(1, 2000), st.integers(1, 2000), st.integers(1, 20), st.sampled_from(sorted(PRECISIONS)))
 def test_gram_groups_add_up(m, n, steps, precision):
     groups = gram_groups(m, n, steps, precision)
@@ -406,14 +431,27 @@ def test_inverse_root_is_one(n, extra, radius, seed):
     Q = orthonormal(n, n, seed)
     E = (Q * (sigma**2 - 1) @ Q.mT)[None]
     root = Q * (1 / sigma - 1) @ Q.mT
-    error = (inverse_root(E, 5)[0] - root).norm()
-    assert error < 1e-6
-    coarse = (inverse_root(E.float(), 5, torch.bfloat16)[0] - root).norm()
+    for plan in (None, steps_from(radius)):
+        error = (inverse_root(E, plan)[0] - root).norm()
+        assert error < 1e-6
+    coarse = (inverse_root(E.float(), dtype=torch.bfloat16)[0] - root).norm()
     assert coarse < 1e-2 * root.norm() + 1e-6
 
 
+@pytest.mark.parametrize("pair", [(1, 2), (30, 63)])
+def test_polar_near_of_a_matrix_that_is_off_in_two_columns_alone(pair):
+    i, j = pair
+    X = orthonormal(96, 64)
+    X[:, j] = 0.8 * X[:, j] + 0.6 * X[:, i]
+    A = polar_near(X, 0.5)
+    assert A is not None
+    U, _, Vt = torch.linalg.svd(X, full_matrices=False)
+    assert torch.allclose(A, U @ Vt, atol=1e-9)
+
+
 def test_polar_near_takes_no_more_steps_than_it_needs():
-    assert [steps_from(r) for r in (0.0, 1e-4, 0.02, 0.3, 0.5)] == [0, 1, 2, 3, 5]
+    plans = {0.0: (0, 3), 1e-4: (0, 3), 0.02: (0, 5), 0.1: (1, 3), 0.2: (1, 5), 0.3: (2, 3), 0.5: (4, 3)}
+    assert {radius: steps_from(radius) for radius in plans} == plans
     for radius in (0.6, torch.nan):
         with pytest.raises(ValueError, match=r"above 0\.5"):
             steps_from(radius)

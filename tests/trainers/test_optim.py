@@ -844,20 +844,21 @@ def test_a_wide_step_is_near_although_its_gram_error_is_not_small():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
 def test_steps_take_no_fresh_memory_from_the_system():
-    """Each page that comes back from the system is a fault: 30,000 in a step of one GPT-2 layer, once."""
+    """Each page that comes back from the system is a fault. Above 32 MiB malloc would ask for every one."""
     script = """
-import resource, torch
+import resource, statistics, torch
 from torch import nn
 from trainers.optim import ManifoldMuon
-weights = [nn.Parameter(torch.randn(2048, 512)), nn.Parameter(torch.randn(512, 2048))]
-optimizer = ManifoldMuon(weights, manifold="dgram", retraction="column_norm")
+weight = nn.Parameter(torch.randn(70_000, 128))
+optimizer = ManifoldMuon([weight], manifold="dgram", retraction="column_norm")
 optimizer.retract_()
-for step in range(6):
-    for weight in weights:
-        weight.grad = torch.randn_like(weight)
+faults = []
+for step in range(9):  # the heap still grows in some
+    weight.grad = torch.randn_like(weight)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     optimizer.step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(statistics.median(faults))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1024  # of 4 KiB: one temporary matrix
+    assert int(done.stdout) < 8_000  # of 4 KiB; one temporary matrix takes 8,750

@@ -15,6 +15,7 @@ from torch import Tensor
 from trainers.iterations import POLAR_STEPS
 from trainers.manifold.msign import (
     NEAR,
+    add_product,
     column_dots,
     correction_near,
     gram,
@@ -112,10 +113,11 @@ def frame(W: Tensor, manifold: str) -> tuple[Tensor, Tensor]:
 
 
 def tangent_weights(lengths: Tensor) -> Tensor:  # (..., n) -> (..., n, n)
-    """`1 / (d_i² + d_j²)`; 0 where both are below 1e-15 of the longest, which is 1."""
+    """`1 / (d_i² + d_j²)`; 0 where both are below 1e-15 of the longest."""
     squares = lengths.square()
     sums = squares.unsqueeze(-1) + squares.unsqueeze(-2)
-    return torch.where(sums > 1e-30, 1 / sums, 0.0)
+    least = 1e-30 * squares.amax(dim=-1)[..., None, None]
+    return torch.where(sums > least, 1 / sums, 0.0)
 
 
 def tangent_project(
@@ -135,19 +137,26 @@ def tangent_project(
         return A.clone()
     wide = A.size(-2) < A.size(-1)
     W, A = _tall(W), _tall(A)
-    D: Tensor | float
-    if manifold == "stiefel" or dtype == torch.float16:
-        W, lengths = frame(W, manifold)
+    precise = W.dtype
+    weights: Tensor | float
+    D = None
+    if manifold == "stiefel":
+        weights = 0.5
+    elif dtype == torch.float16:
+        W, lengths = columns(W)
         weights, D = tangent_weights(lengths), lengths.unsqueeze(-1)
     else:  # every other type has the range that W's own columns take
         W, norms = _with_norms(W)
-        longest = nonzero(norms.amax(dim=-1, keepdim=True))
-        weights, D = tangent_weights((norms / longest).squeeze(-2)) / longest.square(), 1.0
+        weights = tangent_weights(norms.squeeze(-2))
     W = W.to(dtype or W.dtype)
-    M = D * product(W.mT, A, dtype).to(weights.dtype)
-    multiplier = D * (weights * constrained_part(M + M.mT, manifold))
+    M = product(W.mT, A, dtype).to(precise)
+    if D is not None:
+        M = D * M
+    multiplier = weights * constrained_part(M + M.mT, manifold)
+    if D is not None:
+        multiplier = D * multiplier
     if A.ndim == 3 and A.dtype == W.dtype:
-        T = torch.baddbmm(A, W, multiplier.to(W.dtype), alpha=-1)
+        T = add_product(A, W, multiplier.to(W.dtype), alpha=-1)
     else:
         T = A - product(W, multiplier, dtype).to(A.dtype)
     return T.mT if wide else T

@@ -6,6 +6,7 @@ Everything here is matrix products: half precision and batches are welcome, fact
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Literal
 
 import torch
@@ -37,8 +38,6 @@ _GRAM_SAFETY = {torch.bfloat16: 1.10, torch.float16: 1.02}
 to 28 million random spectra of width 2 to 48, composed in twos: bfloat16 overflows 426 times at 1.07, 8
 at 1.09, never from 1.10 up; float16 1,728 times at 1.01, never at 1.02. (Such widths are not composed
 any more; a wide matrix of few directions is much like them.)"""
-
-_LIMIT = _POLAR_EXPRESS[-1]  # p(1 + e) = 1 + O(e³): what to iterate once singular values are near 1
 
 _MUON: Triple = (3.4445, -4.7750, 2.0315)
 """Keller Jordan's Newton-Schulz triple, as in `torch.optim.Muon`. It is steep at 0 and has no fixed
@@ -139,7 +138,7 @@ def polar_express_coefficients(steps: int, safety: float = _SAFETY) -> list[Trip
 def gram(
     X: Tensor,  # (..., m, n)
 ) -> Tensor:  # (..., n, n)
-    """XᵀX. On a CPU a large one is computed in column blocks, of which the lower ones are mirrored
+    """XᵀX. On a CPU a large one is computed in column blocks, whose part above the diagonal is mirrored
     (five eighths of the arithmetic for n = 768), and one matrix at a time, which there costs nothing."""
     n = X.size(-1)
     blocks = next((k for k in (4, 3, 2) if n % k == 0 and n >= 192 * k), 1)
@@ -149,16 +148,38 @@ def gram(
     for x, r in zip(X.reshape(-1, *X.shape[-2:]), R.view(-1, n, n), strict=True):
         for k in range(blocks):
             i, j = k * n // blocks, (k + 1) * n // blocks
-            r[i:j, i:] = x[:, i:j].mT @ x[:, i:]
-            r[j:, i:j] = r[i:j, j:].mT
+            r[i:, i:j] = x[:, i:].mT @ x[:, i:j]
+            r[i:j, j:] = r[j:, i:j].mT
     return R
 
 
 def product(A: Tensor, B: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # (B, m, k), (B, k, n)
-    """A B, multiplied in `dtype`, which is also the result's; None is A's."""
+    """A B, multiplied in `dtype`, which is also the result's; None is A's. One tall matrix that lies in
+    memory as its transpose stays so."""
     A, B = A.to(dtype or A.dtype), B.to(dtype or B.dtype)
-    # One matrix alone: bmm would copy a transposed operand first.
-    return (A[0] @ B[0]).unsqueeze(0) if A.ndim == 3 and A.size(0) == 1 else A @ B
+    if A.ndim != 3 or A.size(0) > 1:
+        return A @ B
+    a, b = A[0], B[0]  # bmm would copy a transposed operand first
+    return ((b.mT @ a.mT).mT if _lies_wide(a) else a @ b).unsqueeze(0)
+
+
+def add_product(
+    C: Tensor,  # (B, m, n)
+    A: Tensor,  # (B, m, k)
+    B: Tensor,  # (B, k, n)
+    *,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+) -> Tensor:  # (B, m, n)
+    """`beta C + alpha A B`, of one dtype, where C and A lie alike in memory, and so does the result."""
+    if A.size(0) > 1 or not _lies_wide(A[0]):
+        return torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
+    return torch.addmm(C[0].mT, B[0].mT, A[0].mT, beta=beta, alpha=alpha).mT.unsqueeze(0)
+
+
+def _lies_wide(a: Tensor) -> bool:
+    """Whether a tall matrix is the transpose of what is in memory."""
+    return a.size(0) > a.size(1) and a.mT.is_contiguous()
 
 
 def column_dots(A: Tensor, B: Tensor) -> Tensor:  # (..., m, n) twice -> (..., 1, n)
@@ -202,7 +223,7 @@ def _iterate(Y: Tensor, coefficients: Sequence[Triple]) -> Tensor:
     """`Y <- a Y + b Y K + c Y K²` with K = YᵀY, for each triple; Y (B, m, n), tall."""
     for a, b, c in coefficients:
         R = gram(Y)
-        Y = torch.baddbmm(Y, Y, torch.baddbmm(R, R, R, beta=b, alpha=c), beta=a)
+        Y = add_product(Y, Y, torch.baddbmm(R, R, R, beta=b, alpha=c), beta=a)
     return Y
 
 
@@ -244,7 +265,7 @@ def _gram_iterate(
             if j < size - 1:
                 K = Z @ (K @ Z)
         assert group is not None
-        Y = Y @ group
+        Y = product(Y, group)
         if root:
             total = group if total is None else total @ group
     if total is not None:
@@ -324,15 +345,15 @@ def correction_near(
         scale = ((1 + size) / (1 + _REACH)).clamp_min(1.0)
         E = E / scale
         E.diagonal(dim1=-2, dim2=-1).add_((1 / scale - 1).squeeze(-1))
-        steps = steps_from(radius, 3e-5 if dtype in HALF else CONVERGED)
-        return inverse_root(E, steps, dtype), scale.rsqrt(), dtype
+        plan = steps_from(radius, 3e-5 if dtype in HALF else CONVERGED)
+        return inverse_root(E, plan, dtype), scale.rsqrt(), dtype
     largest = float(size.amax())
     # ‖E‖₂ <= ‖E²‖_F^(1/2), which grows with n^(1/4) where ‖E‖_F grows with n^(1/2).
     if not (largest < 1 or float(_size(product(E, E)).amax()) < 1):
         return None
     if largest > 2 * COARSE * E.size(-1) ** 0.5:
         dtype = None
-    return inverse_root(E, 6, dtype), None, dtype
+    return inverse_root(E, None, dtype), None, dtype
 
 
 def gram_error(X: Tensor) -> Tensor:  # (B, m, n) -> (B, n, n)
@@ -344,35 +365,53 @@ def gram_error(X: Tensor) -> Tensor:  # (B, m, n) -> (B, n, n)
 
 def inverse_root(
     E: Tensor,  # (B, n, n), symmetric
-    steps: int,
+    plan: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # (B, n, n)
-    """D with `I + D ≈ (I + E)^(-1/2)`, by `steps` Newton-Schulz steps (15/8, -10/8, 3/8) at most.
+    """D with `I + D ≈ (I + E)^(-1/2)`, by Newton-Schulz steps (15/8, -10/8, 3/8) and a last one of third or
+    fifth order.
 
-    Each takes `Z = I - E/2 + 3/8 E²`, and leaves `E' = 5/8 E³ - 15/64 E⁴ + 9/64 E⁵`. On a CPU, where
-    reading a number costs nothing, they end when E' would be rounding.
+    Each takes `Z = I - E/2 + 3/8 E²`, and leaves `E' = 5/8 E³ - 15/64 E⁴ + 9/64 E⁵`. A last one of fifth
+    order adds `-5/16 E³ + 35/128 E⁴`, one product where two more steps take four or more, and leaves
+    63/128 E⁵. `plan` is that of `steps_from`; without one (on a CPU, where reading a number costs nothing)
+    the steps end when what is left would be rounding.
     """
     dtype = dtype or E.dtype
-    D = torch.zeros_like(E)
-    for k in range(steps):
+    D: Tensor | None = None
+    steps, last = plan or (_MOST_STEPS, 3)
+    for k in range(steps + 1):
         F = E.to(dtype)
         square = product(F, F)
+        order = last if k == steps else None if plan else _last_order(F, square)
         Z = torch.add(0.375 * square, E, alpha=-0.5)
-        D = Z if k == 0 else D + Z + product(D, Z, dtype)
-        if k == steps - 1 or (E.device.type == "cpu" and _is_rounding(E, square, dtype)):
+        if order == 5:
+            Z = Z + product(square, (35 / 128) * square - (5 / 16) * F)
+        D = Z if D is None else D + Z + product(D, Z, dtype)
+        if order:
             break
         E = product(square, torch.baddbmm(0.625 * F - (15 / 64) * square, F, square, alpha=9 / 64)).to(
             E.dtype
         )
+    assert D is not None
     return D
 
 
-def _is_rounding(E: Tensor, square: Tensor, dtype: torch.dtype) -> bool:
-    """Whether E', 5/8 E³ to leading order, is below what `dtype` resolves, judged by some of its columns."""
-    n = E.size(-1)
-    some = E @ square[..., :: max(1, n // 16)].to(E.dtype)
-    left = 0.625 * float(_size(some).amax()) * (n / some.size(-1)) ** 0.5
-    return bool(left < (1e-5 if dtype in HALF else 1e-8) * n**0.5)
+_MOST_STEPS = 5
+_ROUNDING = {torch.float16: 1e-5, torch.bfloat16: 1e-5, torch.float32: 1e-8, torch.float64: 1e-15}
+"""E' per column that is no more than rounding, in the correction of a matrix of order 1."""
+
+
+def _last_order(F: Tensor, square: Tensor) -> int | None:
+    """Order of a step after which E' is below what the precision resolves; None if neither third nor fifth
+    will do. Judged by the leading terms, 5/8 E³ and 63/128 E⁵, of which random signs tell the Frobenius norm
+    (Hutchinson)."""
+    n, probes = F.size(-1), 8
+    rounding = _ROUNDING[F.dtype] * (n * probes) ** 0.5
+    signs = torch.randint(2, (n, probes), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    some = square @ (F @ signs.to(F.dtype))
+    if 5 / 8 * float(_size(some).amax()) < rounding:
+        return 3
+    return 5 if 63 / 128 * float(_size(square @ some).amax()) < rounding else None
 
 
 def apply_correction(X: Tensor, D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -380,17 +419,25 @@ def apply_correction(X: Tensor, D: Tensor, dtype: torch.dtype | None = None) -> 
     return product(X, D, dtype).to(X.dtype).add_(X)  # of one type: mixed ones are slow
 
 
-def steps_from(radius: float, tolerance: float = CONVERGED) -> int:
-    """Newton-Schulz steps that bring 1 - radius and 1 + radius within a tolerance of 1: one to five.
+def steps_from(radius: float, tolerance: float = CONVERGED) -> tuple[int, int]:
+    """The cheapest plan of `inverse_root` that brings 1 - radius and 1 + radius within a tolerance of 1: the
+    number of steps before the last, and the order of the last.
 
     Raises ValueError beyond NEAR.
     """
     if not radius <= NEAR:
         raise ValueError(f"radius {radius} is above {NEAR}")
-    a, b, c = _LIMIT
-    low, high = 1 - radius, 1 + radius
-    steps = 0
-    while max(abs(1 - low), abs(1 - high)) >= tolerance:
-        low, high = (x * (a + b * x**2 + c * x**4) for x in (low, high))
-        steps += 1
-    return steps
+    ends = 1 - radius, 1 + radius
+    for steps in count():
+        for order in (3, 5):
+            if max(abs(_stepped(x, order) - 1) for x in ends) < tolerance:
+                return steps, order
+        ends = _stepped(ends[0], 3), _stepped(ends[1], 3)
+    raise AssertionError  # for the type checker: count() does not end
+
+
+def _stepped(x: float, order: int) -> float:
+    """A singular value after a step of `inverse_root`: x times the series of `(1 + e)^(-1/2)`, e = x² - 1."""
+    e = x * x - 1
+    series = (1.0, -1 / 2, 3 / 8, -5 / 16, 35 / 128)
+    return x * sum(term * e**k for k, term in enumerate(series[:order]))
