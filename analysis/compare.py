@@ -9,10 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.contrasts import Contrast, contrast, count, flat
+from analysis.contrasts import Contrast, contrast, count
 from analysis.load import Frames
 from analysis.stats import clopper_pearson, holm, median
 from analysis.tables import Text, bounds, p_cell, signed
+from mmsweep.regrid import flat
 from trainers.records import FINISHED
 
 

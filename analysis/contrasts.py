@@ -17,6 +17,7 @@ import pandas as pd
 from analysis.load import Frames
 from analysis.stats import holm, paired_t, paired_t_p
 from analysis.tables import EXPLORATORY, PREDECLARED, PRIMARY, Text, bounds, p_cell, signed
+from mmsweep.regrid import flat
 
 LEVEL = 0.05
 UNDECIDED = "undecided"
@@ -170,15 +171,6 @@ def trained(frames: Frames, runs: pd.DataFrame) -> dict[str, Any]:
         if isinstance(config, Mapping):
             return flat({key: value for key, value in config.items() if key not in apart})
     return {}
-
-
-def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted path → value. Lists are values."""
-    paths: dict[str, Any] = {}
-    for key, inner in value.items():
-        path = f"{prefix}{key}"
-        paths |= flat(inner, f"{path}.") if isinstance(inner, Mapping) else {path: inner}
-    return paths
 
 
 def _only_module(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:

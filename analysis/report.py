@@ -31,10 +31,11 @@ from analysis import (
     typeset,
     verdict,
 )
-from analysis.contrasts import count, flat
+from analysis.contrasts import count
 from analysis.inline import inline
 from analysis.load import Frames
 from analysis.tables import Text
+from mmsweep.regrid import flat
 from trainers.records import PENDING, RUNNING
 
 _HERE = Path(__file__).parent

@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.contrasts import flat
 from analysis.load import Frames
+from mmsweep.regrid import flat
 from trainers.config import RunConfig
 from trainers.records import DIVERGED, FINISHED, PENDING, RUNNING
 

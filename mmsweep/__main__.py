@@ -12,6 +12,7 @@ from trainers.errors import did_you_mean
 
 COMMANDS = {
     "launch": "run what a grid asks for and its store does not have yet",
+    "search": "find the best setting of a grid, and train it on fresh seeds",
     "status": "where every run of a store stands; --watch goes on looking",
     "stop": "let a grid or single runs save their state and end",
     "report": "tables and figures of a store",

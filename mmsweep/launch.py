@@ -70,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hook = webhook(arguments.webhook)
         if arguments.dry_run:
             return _dry_run(*_grid_and_store(arguments))
-        with hook, _exceptions_told(hook, arguments.grid):
+        with hook, exceptions_told(hook, f"the launch of {arguments.grid}"):
             grid, store = _grid_and_store(arguments)
-            return _launch(grid, store, arguments.address, hook, show=arguments.open)
+            return run_launch(grid, store, arguments.address, hook, show=arguments.open)
     except (InputError, StoreError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -110,12 +110,12 @@ def _grid_and_store(arguments: argparse.Namespace) -> tuple[Grid, RunStore]:
 
 
 @contextlib.contextmanager
-def _exceptions_told(hook: Webhook, grid: str) -> Iterator[None]:
-    """Tell the chat room of an exception that ends the launch; nobody may look at this process."""
+def exceptions_told(hook: Webhook, what: str) -> Iterator[None]:
+    """Tell the chat room of an exception that ends this; nobody may look at the process."""
     try:
         yield
     except BaseException as error:
-        hook.end(f"the launch of {grid} has ended: {in_a_line(error)}")
+        hook.end(f"{what} has ended: {in_a_line(error)}")
         raise
 
 
@@ -155,7 +155,8 @@ class _Launch:
         self.log.say(text)
 
 
-def _launch(grid: Grid, store: RunStore, address: str | None, hook: Webhook, *, show: bool) -> int:
+def run_launch(grid: Grid, store: RunStore, address: str | None, hook: Webhook, *, show: bool) -> int:
+    """Launch a grid into a store; `show` opens its report. The status is that of `main`."""
     this = _Launch(grid, store, f"{grid.name}-{time.strftime('%m%d-%H%M%S')}", hook)
     attendant = Attendant(store, grid.name, this.name, this.log, hook)
     taken_over = "silent for so long that another launch has taken over; stopping"
@@ -293,7 +294,7 @@ def _waves(this: _Launch, waiting: list[str], board: Board) -> Iterator[list[str
         yield waiting
         return
     while waiting:
-        runs = _patiently(this, lambda: _taken(this))
+        runs = patiently(this.grid.name, lambda: _taken(this), this.say)
         at_once = concurrent_runs(this.grid.resources, [node.total for node in nodes()])
         wave = admitted(this.grid.budget, runs, waiting, at_once=at_once)
         waiting = [run_id for run_id in waiting if run_id not in wave]
@@ -305,7 +306,9 @@ def _waves(this: _Launch, waiting: list[str], board: Board) -> Iterator[list[str
             return
 
 
-def _patiently(this: _Launch, ask: Callable[[], T], *, at_most_s: float = math.inf) -> T:
+def patiently(
+    name: str, ask: Callable[[], T], say: Callable[[str], object], *, at_most_s: float = math.inf
+) -> T:
     """What the store answers in the end. A request to stop ends the wait, as Ctrl-C does.
 
     Raises:
@@ -321,11 +324,11 @@ def _patiently(this: _Launch, ask: Callable[[], T], *, at_most_s: float = math.i
             if time.monotonic() > deadline:
                 raise
             if not away:
-                this.say(f"{this.grid.name}: waiting for the store: {error}")
+                say(f"{name}: waiting for the store: {error}")
             away = True
         else:
             if away:
-                this.say(f"{this.grid.name}: the store is back")
+                say(f"{name}: the store is back")
             return answer
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -406,7 +409,8 @@ def _end(this: _Launch, board: Board, begun: float, why: str, *, show: bool) -> 
 def _finished_at_last(this: _Launch, *, at_most_s: float) -> set[str] | None:
     """The runs that are finished by the end of a launch; None: the store does not say, and nobody waits."""
     try:
-        return _patiently(this, lambda: _finished(this.store, this.grid), at_most_s=at_most_s)
+        name, store = this.grid.name, this.store
+        return patiently(name, lambda: _finished(store, this.grid), this.say, at_most_s=at_most_s)
     except (StoreError, KeyboardInterrupt):
         return None
 
@@ -470,7 +474,7 @@ def _dry_run(grid: Grid, store: RunStore) -> int:
             f"{price.steps:,} x {run.tokens_per_step:,}", amount(price.total),
             "done" if run_id in finished else _state(store, run_id),
         ])  # fmt: skip
-    _print_table(rows, left=("run", "arm", "store"))
+    print_table(rows, left=("run", "arm", "store"))
     missing = _total(price for run_id, price in costs.items() if run_id not in finished)
     print(
         f"{grid.name}: {len(grid.runs)} runs ({len(grid.cells)} cells), {len(finished)} done in {store.url}, "
@@ -481,7 +485,7 @@ def _dry_run(grid: Grid, store: RunStore) -> int:
     return 0
 
 
-def _print_table(rows: list[list[str]], left: Sequence[str]) -> None:
+def print_table(rows: list[list[str]], left: Sequence[str]) -> None:
     """Columns below their names in the first row; text is aligned to the left, numbers to the right."""
     rows = [[printable(cell).strip() for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -8,10 +8,11 @@ import math
 import numpy as np
 import pandas as pd
 
-from analysis.contrasts import assigned, flat
+from analysis.contrasts import assigned
 from analysis.load import Frames
 from analysis.stats import median, paired_t
 from analysis.tables import Text, bounds, signed
+from mmsweep.regrid import flat
 
 _CHOSEN = {f"assignment.{kind}.{key}" for kind in ("attn", "mlp") for key in ("manifold", "optimizer")}
 """Axes that choose an assignment; values of the others are the cell in which assignments are compared."""

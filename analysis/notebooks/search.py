@@ -5,21 +5,20 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import yaml
 
-from analysis.contrasts import flat
 from analysis.figures.drawing import without
 from analysis.load import Frames
 from analysis.stats import clopper_pearson, median, ranks
 from analysis.tables import Text
-from trainers.config import RunConfig
+from mmsweep.halving import survivors
+from mmsweep.regrid import arm_name, grid_text
+from trainers.config import RunConfig, RuntimeConfig
 from trainers.errors import InputError
 from trainers.records import FINISHED
 
@@ -90,7 +89,8 @@ def halving(frames: Frames) -> Halving:
 
     Every horizon has a schedule of its own that decays to the end, because losses in the middle of a longer
     one hardly predict its end. Settings are compared by the median final loss over seeds, diverged = +inf;
-    of equals at the cut all go on. Only settings that finished at every horizon take part.
+    of equals at the cut all go on, of diverged ones none. Only settings that finished at every horizon take
+    part.
 
     Raises:
         InputError: the finished runs are of one horizon, or no two settings finished at every one.
@@ -116,9 +116,8 @@ def halved(losses: pd.DataFrame, horizons: Sequence[int]) -> Halving:
     alive, spent = list(losses.index), 0
     for horizon in horizons:
         spent += horizon * len(alive)
-        at = sorted(losses.loc[alive, horizon])
-        keep = at[math.ceil(len(at) / 2) - 1] if horizon != horizons[-1] else at[0]
-        alive = [s for s in alive if losses.loc[s, horizon] <= keep]
+        at = {s: float(losses.loc[s, horizon]) for s in alive}
+        alive = survivors(at) if horizon != horizons[-1] else [s for s in alive if at[s] == min(at.values())]
         table[f"rank_{horizon}"] = ranks(losses[horizon].tolist())
         table[f"kept_{horizon}"] = [s in alive for s in losses.index]
     pairs = []
@@ -162,7 +161,7 @@ def rerun_grid(frames: Frames, labels: Sequence[str], *, seeds: Sequence[int], n
     Raises:
         InputError: no run of a setting has its config yet.
     """
-    parts: dict[str, dict[str, Any]] = {}
+    parts: dict[str, RunConfig] = {}
     own = frames.runs[frames.runs["label"].isin(labels)]
     distinct = own["arm"].nunique() == len(labels)
     for label in labels:
@@ -171,20 +170,9 @@ def rerun_grid(frames: Frames, labels: Sequence[str], *, seeds: Sequence[int], n
         if config is None:
             raise InputError(f"{label}: no run has begun, so its config is not known")
         run = RunConfig.model_validate(config["config"])
-        fields = run.model_dump(mode="json", exclude_defaults=True, exclude={"arm", "seed", "runtime"})
-        fields["precision"] = run.precision  # a grid's own default depends on its resources
-        fields.get("data", {}).pop("digest", None)
-        name_of_arm = str(runs["arm"].iloc[0]) if distinct else _arm_name(label, parts)
-        parts[name_of_arm] = flat(fields)
-    shared = {
-        path: value
-        for path, value in next(iter(parts.values()), {}).items()
-        if all(path in other and other[path] == value for other in parts.values())
-    }
-    arms = {arm: _nested({k: v for k, v in part.items() if k not in shared}) for arm, part in parts.items()}
-    grid = {"name": name, "seeds": [int(s) for s in seeds], "arms": arms, "base": _nested(shared)}
-    text: str = yaml.safe_dump(grid, sort_keys=False, width=100)
-    return text
+        name_of_arm = str(runs["arm"].iloc[0]) if distinct else arm_name(label, parts)
+        parts[name_of_arm] = run.model_copy(update={"runtime": RuntimeConfig()})
+    return grid_text(name, parts, seeds)
 
 
 def horizons_axis(frames: Frames) -> str:
@@ -210,24 +198,6 @@ def fresh_seeds(frames: Frames, n: int) -> list[int]:
     """`n` seeds above all that were used."""
     first = int(frames.runs["seed"].max()) + 1
     return list(range(first, first + n))
-
-
-def _arm_name(label: str, taken: dict[str, Any]) -> str:
-    """The label as a name that a grid allows, unlike those taken."""
-    name = re.sub(r"[^a-z0-9._-]+", "-", label.lower()).strip("-._").replace("..", "-")[:56] or "setting"
-    return name if name not in taken else f"{name}-{len(taken) + 1}"
-
-
-def _nested(paths: dict[str, Any]) -> dict[str, Any]:
-    """Dotted paths as mappings."""
-    tree: dict[str, Any] = {}
-    for path, value in paths.items():
-        *outer, last = path.split(".")
-        inner = tree
-        for key in outer:
-            inner = inner.setdefault(key, {})
-        inner[last] = value
-    return tree
 
 
 def calm_settings(frames: Frames) -> pd.DataFrame:

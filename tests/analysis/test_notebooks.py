@@ -365,12 +365,14 @@ def test_diverged_settings_are_last_within_each_horizon(tmp_path):
 
 
 def naive_halving(losses, horizons):
-    """Settings kept after each horizon, by counting: at least half of them, and all that equal the last."""
+    """Settings kept after each horizon, by counting: at least half of them, and all that equal the last; but
+    not those that diverged, unless all did."""
     alive, kept = list(losses), []
     for i, _ in enumerate(horizons):
         wanted = 1 if i == len(horizons) - 1 else (len(alive) + 1) // 2
         better = {s: sum(losses[o][i] < losses[s][i] for o in alive) for s in alive}
-        alive = [s for s in alive if better[s] < wanted]
+        dead = {s for s in alive if losses[s][i] == math.inf}
+        alive = [s for s in alive if better[s] < wanted and (s not in dead or len(dead) == len(alive))]
         kept.append(set(alive))
     return kept
 

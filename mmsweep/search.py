@@ -1,0 +1,412 @@
+"""`python -m mmsweep.search grid.yaml`: find the best setting of a grid, and train it on fresh seeds.
+
+Settings (arms, with the values of axes) are compared over whole schedules: a quarter of the steps, a half,
+all of them, each decayed to its end, because losses in the middle of a schedule hardly predict its end. After
+each round the best third goes on; a setting that diverged does not. The winners are trained again on seeds
+that had no part in the choice.
+
+Every round is a grid of its own in the store, and what goes on follows from the store alone: the same command
+goes on wherever it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from mmsweep.budget import device_seconds, devices, of_budget, unit
+from mmsweep.grid import Cell, Grid, load_grid
+from mmsweep.halving import best, survivors
+from mmsweep.launch import amount, exceptions_told, grid_path, patiently, print_table, run_launch
+from mmsweep.notify import VARIABLE, Webhook, webhook
+from mmsweep.progress import TROUBLE
+from mmsweep.regrid import arm_name, grid_text
+from mmsweep.store import RunStore, StoreError, open_store
+from trainers.config import RunConfig
+from trainers.corpus import identify
+from trainers.errors import InputError, did_you_mean
+from trainers.flops import cost
+from trainers.records import DIVERGED, SUMMARY
+from trainers.yamlfile import printable
+
+HORIZONS = ("1/4", "1/2", "1")
+KEEP = "1/3"
+WINNERS, FRESH_SEEDS = 2, 5
+FRESH = "fresh"
+_THREADS = 32
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Search. Exit status 0: the winners are trained on fresh seeds; 1: stopped, or some runs failed;
+    2: bad input, or somebody else works on a round."""
+    arguments = _parser().parse_args(argv)
+    try:
+        search = _read(arguments)
+        if arguments.dry_run:
+            return _dry_run(search)
+        hook = webhook(arguments.webhook)
+        with hook, exceptions_told(hook, f"the search over {arguments.grid}"):
+            return _run(search, arguments.address, hook, show=arguments.open)
+    except (InputError, StoreError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmsweep search", description="Find the best setting of a grid, and train it on fresh seeds."
+    )
+    parser.add_argument("grid", help='grid file, or the name of one that ships, such as "search"')
+    parser.add_argument("--store", help='folder or "s3://bucket/prefix", instead of the grid\'s own')
+    parser.add_argument("--address", help='Ray cluster: "auto" or host:port (default: this machine alone)')
+    parser.add_argument(
+        "--horizons", nargs="+", default=HORIZONS, metavar="SHARE",
+        help="shares of the grid's steps, shortest first, the last of them 1 (default: 1/4 1/2 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep",
+        default=KEEP,
+        metavar="SHARE",
+        help=f"of the settings goes on after a round (default: {KEEP})",
+    )
+    parser.add_argument(
+        "--winners", type=int, default=WINNERS, metavar="N",
+        help=f"how many settings are trained on fresh seeds (default: {WINNERS})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fresh-seeds", type=int, default=FRESH_SEEDS, metavar="N", help=f"default: {FRESH_SEEDS}"
+    )
+    parser.add_argument(
+        "--against", metavar="SETTING", help="a setting that is trained on the fresh seeds in any case"
+    )
+    parser.add_argument(
+        "--without-failed", action="store_true", help="leave out settings with a run that was given up"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the rounds and their cost, and stop")
+    parser.add_argument(
+        "--webhook", metavar="URL", help=f"as in `mmsweep launch` (or the variable {VARIABLE})"
+    )
+    parser.add_argument("--open", action="store_true", help="open the last report")
+    return parser
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is asked for."""
+
+    grid: Grid
+    store: RunStore
+    settings: dict[str, RunConfig]
+    """By name, in the order of the grid; of any seed."""
+    horizons: tuple[Fraction, ...]
+    keep: Fraction
+    winners: int
+    fresh_seeds: tuple[int, ...]
+    against: str | None
+    without_failed: bool
+
+    def round_name(self, number: int) -> str:
+        """Of the grid of a round; the one on fresh seeds comes after those of the horizons."""
+        return f"{self.grid.name}-{FRESH if number > len(self.horizons) else f'r{number}'}"
+
+    def round_title(self, number: int) -> str:
+        return f"round {number} of {len(self.horizons) + 1}"
+
+
+def _read(arguments: argparse.Namespace) -> Search:
+    grid = load_grid(grid_path(arguments.grid), identify=identify)
+    store = open_store(grid.store if arguments.store is None else arguments.store)
+    settings = settings_of(grid)
+    for option in ("winners", "fresh_seeds"):
+        if getattr(arguments, option) < 1:
+            raise InputError(f"--{option.replace('_', '-')} {getattr(arguments, option)}: give at least 1")
+    if arguments.against is not None and arguments.against not in settings:
+        raise InputError(
+            f"--against {arguments.against}: no such setting{did_you_mean(arguments.against, settings)}"
+        )
+    if len(settings) < 2:
+        raise InputError(f"{arguments.grid}: one setting alone leaves nothing to search: add arms or axes")
+    lengths = sorted({run.schedule.steps for run in settings.values()})
+    if len(lengths) > 1:
+        raise InputError(
+            f"{arguments.grid}: settings of {lengths[0]:,} to {lengths[-1]:,} steps: a search shortens all "
+            "alike, so set schedule.steps in base alone"
+        )
+    if len(grid.name) > 58:  # a name has 64 characters at most, and the rounds' are longer
+        raise InputError(f"{arguments.grid}: name: longer than 58 characters; the rounds add to it")
+    first = max(grid.seeds) + 1
+    if first + arguments.fresh_seeds > 2**31:
+        raise InputError(
+            f"{arguments.grid}: seeds: no room for {arguments.fresh_seeds} fresh ones above {first - 1}"
+        )
+    search = Search(
+        grid, store, settings, _horizons(arguments.horizons), _keep(arguments.keep), arguments.winners,
+        tuple(range(first, first + arguments.fresh_seeds)), arguments.against, arguments.without_failed,
+    )  # fmt: skip
+    for horizon in search.horizons:
+        shortened(next(iter(settings.values())), horizon)
+    return search
+
+
+def _horizons(given: Sequence[str]) -> tuple[Fraction, ...]:
+    try:
+        horizons = tuple(Fraction(text) for text in given)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"--horizons {' '.join(given)}: give shares such as 1/4 1/2 1") from None
+    if horizons != tuple(sorted(set(horizons))) or horizons[0] <= 0 or horizons[-1] != 1:
+        raise InputError(f"--horizons {' '.join(given)}: shares rise from above 0 to 1, as in 1/4 1/2 1")
+    return horizons
+
+
+def _keep(given: str) -> Fraction:
+    try:
+        keep = Fraction(given)
+    except (ValueError, ZeroDivisionError):
+        keep = Fraction(0)
+    if not 0 < keep < 1:
+        raise InputError(f"--keep {given}: give a share between 0 and 1, such as {KEEP}")
+    return keep
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def settings_of(grid: Grid) -> dict[str, RunConfig]:
+    """Name → config of every setting of a grid; of those that make the same run the first."""
+    short = {path: path.rpartition(".")[2] for path in grid.axes}
+    short = {path: name if list(short.values()).count(name) == 1 else path for path, name in short.items()}
+    found: dict[str, RunConfig] = {}
+    seen: set[str] = set()
+    for cell in grid.cells:
+        if cell.seed == grid.seeds[0] and cell.run_id not in seen:
+            seen.add(cell.run_id)
+            found[_name(cell, short, found)] = grid.runs[cell.run_id]
+    return found
+
+
+def _name(cell: Cell, short: Mapping[str, str], taken: Mapping[str, Any]) -> str:
+    """`stiefel-dgram`, `hetero-lr-0.02`"""
+    words = (word for path, value in cell.axes.items() for word in (short[path], str(value)))
+    return cell.arm if not cell.axes else arm_name("-".join([cell.arm, *words]), taken)
+
+
+def shortened(run: RunConfig, horizon: Fraction) -> RunConfig:
+    """The run with a share of its steps, warm-up and evaluations in proportion.
+
+    Raises:
+        InputError: nothing is left of it.
+    """
+    steps, warmup = (int(n * horizon) for n in (run.schedule.steps, run.schedule.warmup_steps))
+    if steps <= warmup:
+        raise InputError(
+            f"--horizons {horizon}: leaves {steps} of {run.schedule.steps} steps; give larger shares"
+        )
+    every = max(1, int(run.evaluation.every * horizon))
+    return run.model_copy(
+        update={
+            "schedule": run.schedule.model_copy(update={"steps": steps, "warmup_steps": warmup}),
+            "evaluation": run.evaluation.model_copy(update={"every": every}),
+        }
+    )
+
+
+def final_loss(summary: Mapping[str, Any]) -> float:
+    """Validation loss (nats per token) at the end of the schedule; +inf where a run has none."""
+    loss = summary["final_val_loss"]
+    short = summary["status"] == DIVERGED and summary["steps"] < summary["horizon"]
+    return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) and not short else math.inf
+
+
+# --- rounds --------------------------------------------------------------------------------------
+
+
+class _EndedError(Exception):
+    """The search goes no further now; the status to exit with."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+
+
+@dataclass
+class _Trainer:
+    """Trains rounds, one after the other."""
+
+    search: Search
+    address: str | None
+    hook: Webhook
+    hours: float = 0.0
+    """Device-hours of the rounds so far."""
+    begun: bool = False
+    """The store has answered before, so that it is waited for when it does not."""
+
+    def losses(
+        self, number: int, runs: Mapping[str, RunConfig], seeds: Sequence[int], *, show: bool = False
+    ) -> dict[str, float]:
+        """Median final loss over seeds by setting, +inf for one that diverged in half of its runs or more.
+
+        Raises:
+            _EndedError: the round was stopped, or runs of it were given up.
+        """
+        grid = self._grid(number, runs, seeds)
+        summaries = self._summaries(grid)
+        if len(summaries) < len(grid.runs):
+            if run_launch(grid, self.search.store, self.address, self.hook, show=show) == 2:
+                raise _EndedError(2, "")  # it has said why
+            summaries = self._summaries(grid)
+        spent = [device_seconds(summary, devices(grid.resources)) for summary in summaries.values()]
+        self.hours += sum(spent) / 3600
+        by_setting: dict[str, list[float]] = {name: [] for name in runs}
+        for run_id, run in grid.runs.items():
+            if run_id in summaries:
+                by_setting[run.arm].append(final_loss(summaries[run_id]))
+        whole = {name: found for name, found in by_setting.items() if len(found) == len(seeds)}
+        if len(whole) < len(by_setting):
+            self._explain(number, grid, summaries, set(by_setting) - set(whole))
+        if not whole:
+            raise _EndedError(1, "no setting has all its runs")
+        return {name: statistics.median(found) for name, found in whole.items()}
+
+    def _grid(self, number: int, runs: Mapping[str, RunConfig], seeds: Sequence[int]) -> Grid:
+        """The round as a grid file, read as any other."""
+        of, keys = self.search.grid, dict[str, Any]()
+        ranks = {arm: rank for arm, rank in of.resources.priority.items() if arm in runs}
+        resources = of.resources.model_copy(update={"priority": ranks})
+        keys["description"] = f"{self.search.round_title(number)} of a search: {of.description}".rstrip(": ")
+        keys["resources"] = resources.model_dump(mode="json", exclude_defaults=True)
+        if of.budget is not None:
+            left = of.budget.hours - self.hours
+            if left <= 0:
+                hours = of_budget(of.budget.hours, self.hours, unit(of.resources))
+                raise _EndedError(1, f"budget spent: {hours}; the next round is not begun")
+            keys["budget"] = {"gpu_hours": left}
+        name = self.search.round_name(number)
+        known = {run.data.model_copy(update={"digest": None}): str(run.data.digest) for run in runs.values()}
+        with tempfile.TemporaryDirectory(prefix="mmsweep-search-") as folder:
+            file = Path(folder) / f"{name}.yaml"
+            file.write_text(grid_text(name, runs, seeds, **keys))
+            return load_grid(file, identify=known.__getitem__)
+
+    def _summaries(self, grid: Grid) -> dict[str, dict[str, Any]]:
+        """Of the grid's runs that are complete."""
+        store, name = self.search.store, self.search.grid.name
+
+        def look() -> dict[str, dict[str, Any]]:
+            complete = [r for r, names in store.facts().items() if SUMMARY in names and r in grid.runs]
+            with ThreadPoolExecutor(_THREADS) as pool:
+                found = dict(zip(complete, pool.map(store.summary, complete), strict=True))
+            return {run_id: summary for run_id, summary in found.items() if summary is not None}
+
+        found = patiently(name, look, print, at_most_s=math.inf if self.begun else 0)
+        self.begun = True
+        return found
+
+    def _explain(self, number: int, grid: Grid, summaries: Mapping[str, Any], settings: set[str]) -> None:
+        """Say why settings have not all their runs; raises `_EndedError` where that ends the search."""
+        missing = [run_id for run_id in grid.runs if run_id not in summaries]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            states = [status or {} for status in pool.map(self.search.store.status, missing)]
+        self.hours += sum(device_seconds(state, devices(grid.resources)) for state in states) / 3600
+        if any(state.get("status") not in TROUBLE for state in states):
+            where = self.search.round_title(number)
+            raise _EndedError(1, f"stopped in {where}; the same command goes on from there")
+        names = ", ".join(name for name in self.search.settings if name in settings)
+        if not self.search.without_failed:
+            raise _EndedError(
+                1, f"runs of {names} were given up; --without-failed goes on without these settings"
+            )
+        print(f"{self.search.grid.name}: left out, with runs that were given up: {names}", flush=True)
+
+
+def _run(search: Search, address: str | None, hook: Webhook, *, show: bool) -> int:
+    trainer = _Trainer(search, address, hook)
+    try:
+        found = _halve(search, trainer)
+        _confirm(search, trainer, found, show=show)
+    except _EndedError as ended:
+        if str(ended):
+            print(f"{search.grid.name}: {ended}", file=sys.stderr)
+        return ended.status
+    return 0
+
+
+def _halve(search: Search, trainer: _Trainer) -> dict[str, float]:
+    """Median final losses of the settings that reach the last horizon."""
+    name, names = search.grid.name, list(search.settings)
+    for number, horizon in enumerate(search.horizons, start=1):
+        runs = {setting: shortened(search.settings[setting], horizon) for setting in names}
+        steps = next(iter(runs.values())).schedule.steps
+        print(f"{name}: {search.round_title(number)}, {steps:,} steps: {', '.join(names)}", flush=True)
+        found = trainer.losses(number, runs, search.grid.seeds)
+        if not any(map(math.isfinite, found.values())):
+            raise _EndedError(1, "every setting has diverged")
+        if horizon < 1:
+            on = {*survivors(found, search.keep), *best(found, search.winners)}
+            names = [setting for setting in names if setting in on]
+    return found
+
+
+def _confirm(search: Search, trainer: _Trainer, found: Mapping[str, float], *, show: bool) -> None:
+    """Train the winners on fresh seeds, and say what came out."""
+    name, winners = search.grid.name, best(found, search.winners)
+    names = list(dict.fromkeys([*winners, *([search.against] if search.against else [])]))
+    print(f"{name}: on fresh seeds: {', '.join(names)}", flush=True)
+    runs = {setting: search.settings[setting] for setting in names}
+    number = len(search.horizons) + 1
+    fresh = trainer.losses(number, runs, search.fresh_seeds, show=show)
+    rows = [["setting", "when chosen", f"on {len(search.fresh_seeds)} fresh seeds"]]
+    order = sorted(fresh, key=lambda setting: fresh[setting])
+    rows += [[setting, _loss(found.get(setting)), _loss(fresh[setting])] for setting in order]
+    print("median final validation loss, nats per token")
+    print_table(rows, left=("setting",))
+    page = f"python -m mmsweep.report {search.store.url} --grid {search.round_name(number)}"
+    print(f"{name}: best on fresh seeds: {order[0]}; differences and their intervals: {page}")
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}" if math.isfinite(value) else "diverged"
+
+
+# --- what it costs -------------------------------------------------------------------------------
+
+
+def _dry_run(search: Search) -> int:
+    rows = [["round", "grid", "settings", "steps", "runs", "FLOP"]]
+    left, total = len(search.settings), 0.0
+    for number, horizon in enumerate([*search.horizons, None], start=1):
+        seeds = len(search.grid.seeds)
+        if horizon is None:  # on fresh seeds
+            left, seeds = min(left, search.winners) + (search.against is not None), len(search.fresh_seeds)
+        runs = [shortened(run, horizon or Fraction(1)) for run in search.settings.values()]
+        price = statistics.fmean(cost(run).total for run in runs) * left * seeds
+        steps = f"{runs[0].schedule.steps:,}"
+        cells = [str(number), search.round_name(number), str(left), steps, str(left * seeds)]
+        rows.append([*cells, amount(price)])
+        total += price
+        left = max(math.ceil(left * search.keep), min(left, search.winners))
+    print(f"{len(search.settings)} settings: {printable(', '.join(search.settings))}")
+    print_table(rows, left=("grid",))
+    everything = sum(cost(run).total for run in search.settings.values()) * len(search.grid.seeds)
+    print(
+        f"{search.grid.name}: {amount(total)}FLOP if settings cost alike and none diverges; "
+        f"{amount(everything)}FLOP with all settings at full length"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    from mmsweep.__main__ import quietly
+
+    sys.exit(quietly(main))

@@ -1,0 +1,403 @@
+"""A search over settings, on a stand-in for the launch, and once for real."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mmsweep.search as search_module
+from mmsweep.grid import Grid, load_grid
+from mmsweep.halving import best, survivors
+from mmsweep.regrid import flat, nested
+from mmsweep.search import final_loss, main, settings_of
+from mmsweep.store import RunStore, StoreError, open_store
+from trainers import records
+from trainers.corpus import identify
+
+TINY = """
+name: tiny
+description: four of them
+seeds: [1, 2]
+arms:
+  a: {attn: none, mlp: none}
+  b: {attn: stiefel, mlp: dgram}
+  c: {attn: dgram, mlp: stiefel}
+  d: {attn: oblique, mlp: spectral}
+base:
+  data: {source: text, path: TEXTS}
+  model: {n_layer: 1, n_head: 2, d_model: 16, context: 16, vocab_size: 256}
+  optimizer: {muon: {lr: 0.1, solver: projected}}
+  schedule: {steps: 16, warmup_steps: 3, batch_size: 8}
+  evaluation: {every: 8, batches: 2}
+  runtime: {checkpoint_every: 4}
+resources: {cpus_per_worker: 0.5, priority: {b: 3}}
+"""
+
+pytestmark = pytest.mark.usefixtures("texts")
+
+
+@pytest.fixture
+def grid(tmp_path, texts) -> Callable[..., Path]:
+    def write(**changes: str) -> Path:
+        text = TINY.replace("TEXTS", texts)
+        for old, new in changes.items():
+            assert old in text
+            text = text.replace(old, new)
+        path = tmp_path / "tiny.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+class Launches:
+    """Instead of launches: every run is finished in no time, with the loss that its setting has."""
+
+    def __init__(self, store: RunStore) -> None:
+        self.store = store
+        self.losses: dict[str, float] = {"a": 2.0, "b": 1.0, "c": 3.0, "d": 4.0}
+        self.grids: list[Grid] = []
+        self.given_up: set[str] = set()
+        self.stop_after = math.inf
+        """Runs until somebody stops the launch."""
+
+    def __call__(self, grid: Grid, store: RunStore, address: str | None, hook: object, *, show: bool) -> int:
+        self.grids.append(grid)
+        store.put_grid(grid.name, grid.text, grid.index())
+        whole = True
+        for run_id, run in grid.runs.items():
+            if store.summary(run_id):
+                continue
+            status = {"status": records.PENDING, "steps": run.schedule.steps, "step": 0}
+            if run.arm in self.given_up:
+                status["status"] = records.FAILED
+            elif self.stop_after > 0:
+                self.stop_after -= 1
+                store.put_summary(run_id, summary(self.losses[run.arm], run.schedule.steps))
+                continue
+            store.put_status(run_id, status)
+            whole = False
+        return 0 if whole else 1
+
+    def arms(self) -> list[list[str]]:
+        return [list(grid.arms) for grid in self.grids]
+
+
+def summary(loss: float, steps: int) -> dict[str, Any]:
+    status = records.COMPLETED if math.isfinite(loss) else records.DIVERGED
+    shown = loss if math.isfinite(loss) else None
+    return {
+        "status": status, "steps": steps, "horizon": steps, "final_val_loss": shown, "device_seconds": 1800.0
+    }  # fmt: skip
+
+
+@pytest.fixture
+def launches(tmp_path, monkeypatch) -> Launches:
+    stand_in = Launches(open_store(str(tmp_path / "store")))
+    monkeypatch.setattr(search_module, "run_launch", stand_in)
+    return stand_in
+
+
+def search(grid: Path, launches: Launches, *options: str) -> int:
+    return main([str(grid), "--store", launches.store.url, *options])
+
+
+# --- the rounds ------------------------------------------------------------------------------------
+
+
+def test_the_best_go_on_over_longer_schedules_and_win_on_fresh_seeds(grid, launches, capsys):
+    launches.losses["d"] = math.inf
+    assert (
+        search(grid(), launches, "--keep", "1/2", "--winners", "1", "--fresh-seeds", "3", "--against", "c")
+        == 0
+    )
+    assert [g.name for g in launches.grids] == ["tiny-r1", "tiny-r2", "tiny-r3", "tiny-fresh"]
+    assert launches.arms() == [["a", "b", "c", "d"], ["a", "b"], ["b"], ["b", "c"]]
+    assert [g.seeds for g in launches.grids] == [[1, 2], [1, 2], [1, 2], [3, 4, 5]]
+    schedules = [next(iter(g.runs.values())) for g in launches.grids]
+    assert [run.schedule.steps for run in schedules] == [4, 8, 16, 16]
+    assert [run.schedule.warmup_steps for run in schedules] == [0, 1, 3, 3]
+    assert [run.evaluation.every for run in schedules] == [2, 4, 8, 8]
+    first = launches.grids[0]
+    assert first.resources.cpus_per_worker == 0.5
+    assert [g.resources.priority for g in launches.grids] == [{"b": 3}] * 4
+    assert first.description == "round 1 of 4 of a search: four of them"
+    assert {run.runtime.checkpoint_every for run in first.runs.values()} == {4}
+    printed = capsys.readouterr().out
+    assert "tiny: round 2 of 4, 8 steps: a, b" in printed
+    rows = [line.split() for line in printed.splitlines() if line[:2] in ("b ", "c ")]
+    assert rows == [["b", "1.0000", "1.0000"], ["c", "–", "3.0000"]]
+    assert "best on fresh seeds: b;" in printed
+
+
+def test_a_round_s_runs_are_the_grid_s_own_where_they_are_as_long(grid, launches):
+    path = grid()
+    assert search(path, launches) == 0
+    own = load_grid(path, identify=identify)
+    assert set(launches.grids[2].runs) <= set(own.runs)
+
+
+def test_as_many_as_are_to_win_go_on(grid, launches):
+    launches.losses |= {"a": 2.0, "b": 2.5, "c": math.inf, "d": 3.0}
+    assert search(grid(), launches, "--winners", "3", "--keep", "1/4") == 0
+    assert launches.arms()[1:] == [["a", "b", "d"]] * 3
+
+
+def test_the_same_command_trains_nothing_twice(grid, launches, capsys):
+    path = grid()
+    assert search(path, launches) == 0
+    said = capsys.readouterr().out.splitlines()[-4:]
+    launches.grids.clear()
+    assert search(path, launches) == 0
+    assert launches.grids == []
+    assert capsys.readouterr().out.splitlines()[-4:] == said
+
+
+@pytest.mark.parametrize("runs", [0, 3, 8, 11, 13])
+def test_a_search_that_was_stopped_goes_on_where_it_was(grid, launches, runs, capsys):
+    path = grid()
+    launches.stop_after = runs
+    assert search(path, launches, "--fresh-seeds", "2") == 1
+    assert "the same command goes on from there" in capsys.readouterr().err
+    launches.stop_after = math.inf
+    assert search(path, launches, "--fresh-seeds", "2") == 0
+    assert "best on fresh seeds: b;" in capsys.readouterr().out
+
+
+def test_settings_with_runs_that_were_given_up_are_named_and_can_be_left_out(grid, launches, capsys):
+    launches.given_up = {"b"}
+    assert search(grid(), launches) == 1
+    assert capsys.readouterr().err == (
+        "tiny: runs of b were given up; --without-failed goes on without these settings\n"
+    )
+    assert search(grid(), launches, "--without-failed") == 0
+    printed = capsys.readouterr().out
+    assert "tiny: left out, with runs that were given up: b\n" in printed
+    assert "best on fresh seeds: a;" in printed
+
+
+def test_nothing_goes_on_where_all_diverge(grid, launches, capsys):
+    launches.losses = dict.fromkeys("abcd", math.inf)
+    assert search(grid(), launches) == 1
+    assert capsys.readouterr().err == "tiny: every setting has diverged\n"
+    assert len(launches.grids) == 1
+
+
+def test_the_rounds_share_a_budget(grid, launches, capsys):
+    path = grid(**{"name: tiny": "name: tiny\nbudget: {cost: 20, price_per_hour: 4}"})  # 5 hours
+    assert search(path, launches) == 1
+    assert [g.budget.hours for g in launches.grids if g.budget] == [5.0, 1.0]
+    assert "tiny: budget spent: 6 of 5 worker-hours; the next round is not begun" in capsys.readouterr().err
+
+
+def test_somebody_else_s_launch_ends_the_search_with_2(grid, launches, monkeypatch):
+    monkeypatch.setattr(search_module, "run_launch", lambda *_, **__: 2)
+    assert search(grid(), launches) == 2
+
+
+def test_a_store_that_is_away_between_rounds_is_waited_for(grid, launches, monkeypatch, capsys):
+    asked = []
+    facts = RunStore.facts
+
+    def away(store: RunStore) -> dict[str, set[str]]:
+        asked.append(len(launches.grids))
+        if asked.count(1) == 1 and asked[-1] == 1:
+            raise StoreError("s3://b: the service is failing or overloaded; try again later (SlowDown)")
+        return facts(store)
+
+    monkeypatch.setattr(RunStore, "facts", away)
+    assert search(grid(), launches) == 0
+    printed = capsys.readouterr().out
+    assert "tiny: waiting for the store: s3://b: the service" in printed
+    assert "tiny: the store is back" in printed
+
+
+def test_a_store_that_does_not_answer_at_first_is_an_error(grid, launches, monkeypatch, capsys):
+    def away(_: RunStore) -> dict[str, set[str]]:
+        raise StoreError("s3://b: no such bucket; make it")
+
+    monkeypatch.setattr(RunStore, "facts", away)
+    assert search(grid(), launches) == 2
+    assert capsys.readouterr().err == "s3://b: no such bucket; make it\n"
+    assert launches.grids == []
+
+
+# --- what is asked for -----------------------------------------------------------------------------
+
+
+def test_a_setting_is_an_arm_with_the_values_of_its_axes(grid):
+    path = grid(**{"base:\n": "axes: {optimizer.muon.lr: [0.1, 0.3]}\nbase:\n"})
+    names = list(settings_of(load_grid(path, identify=identify)))
+    assert names == [f"{arm}-lr-{lr}" for lr in (0.1, 0.3) for arm in "abcd"]
+
+
+def test_axes_that_end_alike_are_named_in_full_and_twins_are_one_setting(grid):
+    rates = "optimizer.muon.lr: [0.1], optimizer.adamw.lr: [0.1]"
+    axes = f"axes: {{{rates}, optimizer.muon.retraction: [column_norm, svd_sorted]}}"
+    path = grid(**{"base:\n": f"{axes}\nbase:\n"})
+    names = list(settings_of(load_grid(path, identify=identify)))
+    ends = "optimizer.muon.lr-0.1-optimizer.adamw.lr-0.1-retraction"
+    assert [name for name in names if name.startswith("a-")] == [f"a-{ends}-column_norm"[:56].rstrip("-._")]
+    assert len(names) == 6  # two arms have no DGram matrix
+
+
+def test_the_dry_run_prints_every_round(grid, launches, capsys):
+    assert search(grid(), launches, "--dry-run", "--fresh-seeds", "4") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "4 settings: a, b, c, d"
+    assert [line.split()[:5] for line in lines[2:6]] == [
+        ["1", "tiny-r1", "4", "4", "8"],
+        ["2", "tiny-r2", "2", "8", "4"],
+        ["3", "tiny-r3", "2", "16", "4"],
+        ["4", "tiny-fresh", "2", "16", "8"],
+    ]
+    assert launches.grids == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--horizons", "1/2", "1/4", "1"], "shares rise from above 0 to 1"),
+        (["--horizons", "1/2"], "shares rise from above 0 to 1"),
+        (["--horizons", "0", "1"], "shares rise from above 0 to 1"),
+        (["--horizons", "half", "1"], "give shares such as 1/4 1/2 1"),
+        (["--horizons", "1/0", "1"], "give shares such as 1/4 1/2 1"),
+        (["--horizons", "1/32", "1"], "leaves 0 of 16 steps; give larger shares"),
+        (["--keep", "1"], "--keep 1: give a share between 0 and 1"),
+        (["--keep", "x"], "--keep x: give a share between 0 and 1"),
+        (["--winners", "0"], "--winners 0: give at least 1"),
+        (["--fresh-seeds", "-1"], "--fresh-seeds -1: give at least 1"),
+        (["--against", "aa"], '--against aa: no such setting (did you mean "a"?)'),
+        (["--store", "ftp://x"], "ftp://x"),
+    ],
+)
+def test_bad_options_are_one_line(grid, launches, capsys, options, message):
+    assert main([str(grid()), "--store", launches.store.url, *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert launches.grids == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "base:\n",
+            "axes: {schedule.steps: [16, 32]}\nbase:\n",
+            "settings of 16 to 32 steps: a search shortens",
+        ),
+        ("name: tiny", f"name: {'x' * 60}", "name: longer than 58 characters"),
+        ("seeds: [1, 2]", "seeds: [2147483647]", "no room for 5 fresh ones above 2147483647"),
+        ("attn: none", "attn: non", 'unknown manifold "non"'),
+    ],
+)
+def test_grids_that_cannot_be_searched_are_one_line(grid, launches, capsys, old, new, message):
+    assert search(grid(**{old: new}), launches) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_one_setting_is_nothing_to_search(grid, launches, capsys):
+    path = grid()
+    data = yaml.safe_load(path.read_text())
+    data["arms"] = {"b": data["arms"]["b"]}
+    path.write_text(yaml.safe_dump(data))
+    assert search(path, launches) == 2
+    assert "one setting alone leaves nothing to search: add arms or axes" in capsys.readouterr().err
+
+
+def test_the_grid_that_ships_is_every_assignment_at_three_rates(tmp_path, capsys):
+    assert main(["search", "--store", str(tmp_path), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("75 settings: none-none-lr-0.01, none-stiefel-lr-0.01,")
+    assert [line.split()[2] for line in printed.splitlines()[2:6]] == ["75", "25", "9", "2"]
+
+
+# --- parts -------------------------------------------------------------------------------------------
+
+LOSSES = st.dictionaries(
+    st.text("abcdefgh", min_size=1, max_size=3), st.one_of(st.floats(1, 9), st.just(math.inf)), min_size=1
+)
+
+
+@given(LOSSES, st.fractions(Fraction(1, 10), Fraction(9, 10)))
+def test_survivors_are_the_best_share_and_their_equals(losses, keep):
+    on = survivors(losses, keep)
+    out = [name for name in losses if name not in on]
+    finite = [name for name in losses if math.isfinite(losses[name])]
+    assert on
+    if not finite:
+        assert on == list(losses)
+        return
+    assert all(losses[name] < math.inf for name in on)
+    assert all(losses[a] < losses[b] for a in on for b in out)
+    assert len(on) >= min(math.ceil(keep * len(losses)), len(finite))
+    worst = max(losses[name] for name in on)
+    assert sum(losses[name] < worst for name in on) < math.ceil(keep * len(losses))
+
+
+def test_the_best_come_first_and_diverged_ones_not_at_all():
+    losses = {"a": 2.0, "b": math.inf, "c": 1.0, "d": 2.0}
+    assert best(losses, 2) == ["c", "a"]
+    assert best(losses, 9) == ["c", "a", "d"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "loss"),
+    [
+        ({}, 2.5),
+        ({"status": records.DIVERGED}, 2.5),  # a spike from which it came back
+        ({"status": records.DIVERGED, "steps": 7}, math.inf),
+        ({"final_val_loss": None}, math.inf),
+        ({"final_val_loss": "NaN"}, math.inf),
+        ({"final_val_loss": math.inf}, math.inf),
+    ],
+)
+def test_the_final_loss_is_that_of_the_tables(changes, loss):
+    whole = {"status": records.COMPLETED, "steps": 9, "horizon": 9, "final_val_loss": 2.5}
+    assert final_loss(whole | changes) == loss
+
+
+@given(
+    st.recursive(
+        st.integers() | st.lists(st.integers(), max_size=2),
+        lambda inner: st.dictionaries(st.text("ab", min_size=1, max_size=2), inner, min_size=1, max_size=3),
+    ).filter(lambda value: isinstance(value, dict))
+)
+def test_nested_undoes_flat(tree):
+    assert nested(flat(tree)) == tree
+
+
+# --- for real ------------------------------------------------------------------------------------------
+
+
+def test_a_search_trains_its_rounds_and_reports_the_winner(grid, tmp_path):
+    path = grid(**{"seeds: [1, 2]": "seeds: [1]", ", priority: {b: 3}": ""})
+    store = tmp_path / "store"
+    options = ["--horizons", "1/2", "1", "--winners", "1", "--fresh-seeds", "1", "--against", "a"]
+    command = [sys.executable, "-m", "mmsweep.search", str(path), "--store", str(store), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = open_store(str(store))
+    assert set(runs.grids()) == {"tiny-r1", "tiny-r2", "tiny-fresh"}
+    cells = {name: runs.grid_index(name)["cells"] for name in runs.grids()}
+    losses = {cell["arm"]: final_loss(runs.summary(cell["run_id"])) for cell in cells["tiny-r1"]}
+    on = {cell["arm"] for cell in cells["tiny-r2"]}
+    assert on == set(survivors(losses, Fraction(1, 3)))
+    whole = {cell["arm"]: final_loss(runs.summary(cell["run_id"])) for cell in cells["tiny-r2"]}
+    assert {cell["arm"] for cell in cells["tiny-fresh"]} == {min(whole, key=whole.__getitem__), "a"}
+    assert {cell["seed"] for cell in cells["tiny-fresh"]} == {2}
+    assert (store / "report" / "index.html").is_file()
+    assert "tiny: best on fresh seeds: " in done.stdout.splitlines()[-1]
