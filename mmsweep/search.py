@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import statistics
 import sys
 import tempfile
@@ -155,29 +156,34 @@ def _read(arguments: argparse.Namespace) -> Search:
         grid, store, settings, _horizons(arguments.horizons), _keep(arguments.keep), arguments.winners,
         tuple(range(first, first + arguments.fresh_seeds)), arguments.against, arguments.without_failed,
     )  # fmt: skip
-    for horizon in search.horizons:
-        shortened(next(iter(settings.values())), horizon)
+    for run in settings.values():
+        shortened(run, search.horizons[0])
     return search
 
 
 def _horizons(given: Sequence[str]) -> tuple[Fraction, ...]:
-    try:
-        horizons = tuple(Fraction(text) for text in given)
-    except (ValueError, ZeroDivisionError):
-        raise InputError(f"--horizons {' '.join(given)}: give shares such as 1/4 1/2 1") from None
+    shares = [_share(text) for text in given]
+    if None in shares:
+        raise InputError(f"--horizons {' '.join(given)}: give shares such as {' '.join(HORIZONS)}")
+    horizons = tuple(share for share in shares if share is not None)
     if horizons != tuple(sorted(set(horizons))) or horizons[0] <= 0 or horizons[-1] != 1:
-        raise InputError(f"--horizons {' '.join(given)}: shares rise from above 0 to 1, as in 1/4 1/2 1")
+        example = " ".join(HORIZONS)
+        raise InputError(f"--horizons {' '.join(given)}: shares rise from above 0 to 1, as in {example}")
     return horizons
 
 
 def _keep(given: str) -> Fraction:
-    try:
-        keep = Fraction(given)
-    except (ValueError, ZeroDivisionError):
-        keep = Fraction(0)
-    if not 0 < keep < 1:
+    keep = _share(given)
+    if keep is None or not 0 < keep < 1:
         raise InputError(f"--keep {given}: give a share between 0 and 1, such as {KEEP}")
     return keep
+
+
+def _share(text: str) -> Fraction | None:
+    """`1/4`, `.25`; None for anything else."""
+    if not re.fullmatch(r"\d{1,6}(/0*[1-9]\d{0,5})?|\d{0,6}\.\d{1,6}", text, re.ASCII):
+        return None
+    return Fraction(text)
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -348,7 +354,7 @@ def _halve(search: Search, trainer: _Trainer) -> dict[str, float]:
     for number, horizon in enumerate(search.horizons, start=1):
         runs = {setting: shortened(search.settings[setting], horizon) for setting in names}
         steps = next(iter(runs.values())).schedule.steps
-        print(f"{name}: {search.round_title(number)}, {steps:,} steps: {', '.join(names)}", flush=True)
+        print(f"{name}: {search.round_title(number)}, {steps:,} steps: {_listed(names)}", flush=True)
         found = trainer.losses(number, runs, search.grid.seeds)
         if not any(map(math.isfinite, found.values())):
             raise _EndedError(1, "every setting has diverged")
@@ -372,7 +378,14 @@ def _confirm(search: Search, trainer: _Trainer, found: Mapping[str, float], *, s
     print("median final validation loss, nats per token")
     print_table(rows, left=("setting",))
     page = f"python -m mmsweep.report {search.store.url} --grid {search.round_name(number)}"
-    print(f"{name}: best on fresh seeds: {order[0]}; differences and their intervals: {page}")
+    winner = order[0] if math.isfinite(fresh[order[0]]) else "none, all diverged"
+    print(f"{name}: best on fresh seeds: {winner}; differences and their intervals: {page}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    most = 9
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _loss(value: float | None) -> str:

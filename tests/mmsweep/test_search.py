@@ -163,7 +163,7 @@ def test_the_same_command_trains_nothing_twice(grid, launches, capsys):
     assert capsys.readouterr().out.splitlines()[-4:] == said
 
 
-@pytest.mark.parametrize("runs", [0, 3, 8, 11, 13])
+@pytest.mark.parametrize("runs", [0, 3, 8, 11, 17])
 def test_a_search_that_was_stopped_goes_on_where_it_was(grid, launches, runs, capsys):
     path = grid()
     launches.stop_after = runs
@@ -191,6 +191,17 @@ def test_nothing_goes_on_where_all_diverge(grid, launches, capsys):
     assert search(grid(), launches) == 1
     assert capsys.readouterr().err == "tiny: every setting has diverged\n"
     assert len(launches.grids) == 1
+
+
+def test_winners_that_diverge_on_fresh_seeds_are_said_to(grid, launches, capsys):
+    launches.stop_after = 16  # all rounds but the last
+    assert search(grid(), launches) == 1
+    launches.losses = dict.fromkeys("abcd", math.inf)
+    launches.stop_after = math.inf
+    assert search(grid(), launches) == 0
+    printed = capsys.readouterr().out
+    assert "best on fresh seeds: none, all diverged;" in printed
+    assert ["b", "1.0000", "diverged"] in [line.split() for line in printed.splitlines()]
 
 
 def test_the_rounds_share_a_budget(grid, launches, capsys):
@@ -272,6 +283,7 @@ def test_the_dry_run_prints_every_round(grid, launches, capsys):
         (["--horizons", "0", "1"], "shares rise from above 0 to 1"),
         (["--horizons", "half", "1"], "give shares such as 1/4 1/2 1"),
         (["--horizons", "1/0", "1"], "give shares such as 1/4 1/2 1"),
+        (["--horizons", "1e-999999999", "1"], "give shares such as 1/4 1/2 1"),
         (["--horizons", "1/32", "1"], "leaves 0 of 16 steps; give larger shares"),
         (["--keep", "1"], "--keep 1: give a share between 0 and 1"),
         (["--keep", "x"], "--keep x: give a share between 0 and 1"),
