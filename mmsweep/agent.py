@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -39,6 +38,7 @@ from mmsweep.shipper import Shipper
 from mmsweep.store import DamagedError, RunStore, StoreError, open_store
 from mmsweep.workers import EXIT_BAD_INPUT, EXIT_STOPPED, Span, Workers
 from trainers import records
+from trainers.farewell import leave
 from trainers.manifest import checkpoint_steps
 from trainers.provenance import CHECKOUT
 from trainers.records import EvalRecord, PartReader, StepRecord
@@ -660,8 +660,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    # Straight out: a request to a store that does not answer may still be under way in a thread.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+    leave(main())

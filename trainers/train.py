@@ -33,6 +33,7 @@ from trainers.checkpoint import Progress, SaveError, Saver, TrainState
 from trainers.config import SCHEMA_VERSION, RunConfig, run_id
 from trainers.distributed import Group, join
 from trainers.errors import DeviceError, InputError
+from trainers.farewell import leave
 from trainers.memory import keep_freed_memory
 from trainers.models import Model, build
 from trainers.optim import ManifoldMuon
@@ -669,9 +670,4 @@ def _progress_lines(run: RunConfig) -> Callable[[Record], None]:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    # Straight out: everything is on disk, and what gloo leaves running can abort the interpreter's
-    # own farewell ("terminate called without an active exception"), which would look like a failed run.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+    leave(main())

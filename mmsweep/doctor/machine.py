@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import uuid
 from contextlib import suppress
 from importlib import metadata
@@ -18,7 +19,9 @@ from pathlib import Path
 
 from mmsweep.cluster import usable_cpus
 from mmsweep.doctor.findings import Finding, Findings, count
+from mmsweep.workers import LISTENER, LOOPBACK
 from trainers.corpus import cache_root
+from trainers.farewell import leave
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 OLDEST_PYTHON = (3, 11)
@@ -154,24 +157,24 @@ def _driver() -> str | None:
 
 def check_workers() -> Findings:
     """Two processes sum a number, joined as the workers of a run: NCCL with a GPU for each, or gloo."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     code = "from mmsweep.doctor.machine import print_sum; print_sum()"
     begun = time.monotonic()
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            | {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        )
-        for rank in range(RANKS)
-    ]
+    with socket.create_server((LOOPBACK, 0)) as meeting:
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+                | {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
+                | {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(meeting.getsockname()[1])}
+                | {LISTENER: "" if rank else str(meeting.fileno())},
+                pass_fds=[] if rank else [meeting.fileno()],
+            )
+            for rank in range(RANKS)
+        ]
     answers = []
     try:
         for worker in workers:
@@ -200,15 +203,20 @@ def check_workers() -> Findings:
 
 
 def print_sum() -> None:
-    """In a child process with a rank: the back end, and the sum of 1, 2, … over the ranks."""
-    import torch
-    import torch.distributed
+    """In a child process with a rank, which it ends: the back end, and the sum of 1, 2, … over the ranks."""
+    try:
+        import torch
+        import torch.distributed
 
-    from trainers.distributed import join
+        from trainers.distributed import join
 
-    with join("auto") as group:
-        value = torch.full((1,), float(group.rank + 1), device=group.device)
-        print(torch.distributed.get_backend(), float(group.sum_(value)))
+        with join("auto") as group:
+            value = torch.full((1,), float(group.rank + 1), device=group.device)
+            print(torch.distributed.get_backend(), float(group.sum_(value)))
+    except Exception:
+        traceback.print_exc()
+        leave(1)
+    leave(0)
 
 
 def _python(code: str, timeout: float) -> subprocess.CompletedProcess[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import email.utils
 import http.client
+import os
 import shutil
 import subprocess
 import sys
@@ -339,6 +340,16 @@ def test_workers_that_cannot_find_each_other(monkeypatch):
     [found] = machine.check_workers()
     assert found.level == "problem"
     assert "an all-reduce of 2 processes failed: " in found.what
+
+
+@pytest.mark.parametrize("world", ["1", "many"])
+def test_a_worker_says_what_is_wrong_and_leaves_at_once(world):
+    """The interpreter's farewell, which gloo can abort, would put its own line after the reason."""
+    code = "import atexit, mmsweep.doctor.machine as m; atexit.register(print, 'farewell'); m.print_sum()"
+    environment = os.environ | {"WORLD_SIZE": world, "RANK": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Error: " in done.stderr.splitlines()[-1]
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import faulthandler
 import multiprocessing
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.distributed import LISTENER
+from trainers.farewell import leave
 
 DEADLINE_S = 60
 _context = multiprocessing.get_context("forkserver")
@@ -64,9 +64,7 @@ def _enter(
         LISTENER: str(listener.detach()) if listener else "",
     }
     target(*arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # as the trainer's own command does
+    leave(0)
 
 
 def finish(processes: list[BaseProcess], log: Path) -> None:
