@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mmsweep.agent import Job, News
 from mmsweep.attendant import Attendant, in_a_line
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _dry_run(*_grid_and_store(arguments))
         with hook, exceptions_told(hook, f"the launch of {arguments.grid}"):
             grid, store = _grid_and_store(arguments)
-            return run_launch(grid, store, arguments.address, hook, show=arguments.open)
+            return run_launch(grid, store, arguments.address, hook, show=arguments.open)[0]
     except (InputError, StoreError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -155,8 +155,11 @@ class _Launch:
         self.log.say(text)
 
 
-def run_launch(grid: Grid, store: RunStore, address: str | None, hook: Webhook, *, show: bool) -> int:
-    """Launch a grid into a store; `show` opens its report. The status is that of `main`."""
+def run_launch(
+    grid: Grid, store: RunStore, address: str | None, hook: Webhook, *, show: bool
+) -> tuple[int, str]:
+    """Launch a grid into a store; `show` opens its report. Returns the status of `main`, and what stopped the
+    launch, if anything did, be it when all was done."""
     this = _Launch(grid, store, f"{grid.name}-{time.strftime('%m%d-%H%M%S')}", hook)
     attendant = Attendant(store, grid.name, this.name, this.log, hook)
     taken_over = "silent for so long that another launch has taken over; stopping"
@@ -165,17 +168,17 @@ def run_launch(grid: Grid, store: RunStore, address: str | None, hook: Webhook, 
         store.grid_lease(grid.name, this.name, on_lost=lambda: attendant.stop(taken_over)) as lease,
     ):
         if not _take(lease, this):
-            return 2
+            return 2, ""
         _withdraw_requests(this)
         with attendant:
             try:
-                return _train(this, address, attendant, show=show)
+                return _train(this, address, attendant, show=show), attendant.stopping
             except KeyboardInterrupt:  # before there was anything to stop
                 if not attendant.stopping:
                     raise
                 this.say(f"{grid.name}: {attendant.stopping}")
                 hook.end(f"{grid.name}: {attendant.stopping}")
-                return 1
+                return 1, attendant.stopping
 
 
 def _take(lease: Lease, this: _Launch) -> bool:
@@ -235,7 +238,7 @@ def _train(this: _Launch, address: str | None, attendant: Attendant, *, show: bo
     store.put_grid(grid.name, grid.text, grid.index())
     if not missing:
         this.say(f"{grid.name}: all {len(grid.runs)} runs are in {store.url}; nothing to train")
-        return _report(store, grid, show=show)
+        return make_report(store, grid, show=show)
     price = _total(cost(run) for run in missing.values())
     this.say(
         f"{grid.name}: {len(grid.runs)} runs, {len(finished)} done, {len(missing)} to train "
@@ -266,21 +269,30 @@ def _run_waves(this: _Launch, waiting: list[str], board: Board, attendant: Atten
 
     try:
         for wave in _waves(this, waiting, board):
-            with _sigint_as_before():
+            with _sigint_of_tune() as came:
                 run_all([_job(run_id, this) for run_id in wave], this.grid.resources, board)
+                if came():
+                    raise KeyboardInterrupt
             if attendant.stopping:
                 break
-    except KeyboardInterrupt:  # between two waves
-        return attendant.stopping or "stopped by Ctrl-C"
+    except KeyboardInterrupt:
+        attendant.stopping = attendant.stopping or "stopped by Ctrl-C"
     return attendant.stopping
 
 
 @contextlib.contextmanager
-def _sigint_as_before() -> Iterator[None]:
-    """Tune leaves a handler behind that would swallow the first Ctrl-C after it."""
+def _sigint_of_tune() -> Iterator[Callable[[], bool]]:
+    """Tune takes a Ctrl-C, ends its trials and says nothing of it, but puts the handler back that it found;
+    where none came it leaves its own, which would swallow the next. Yields what tells whether one came."""
+    os.environ.pop("TUNE_DISABLE_SIGINT_HANDLER", None)
     before = signal.getsignal(signal.SIGINT)
+
+    def found(*arguments: Any) -> None:
+        signal.default_int_handler(*arguments)
+
+    signal.signal(signal.SIGINT, found)
     try:
-        yield
+        yield lambda: signal.getsignal(signal.SIGINT) is found
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -399,7 +411,7 @@ def _end(this: _Launch, board: Board, begun: float, why: str, *, show: bool) -> 
             _publish_failure(store, run_id, news)
         this.say(f"{run_id}: {news.status} at step {news.step}: {news.reason}")
     if finished:
-        _report(store, grid, show=show)
+        make_report(store, grid, show=show)
     if finished is not None and len(finished) == len(grid.runs):
         return 0
     this.say("the same command goes on from here")
@@ -440,7 +452,7 @@ def _wait_until_saved(this: _Launch, run_ids: list[str]) -> None:
     this.log.say(f"still saving after {STOP_GRACE_S:.0f} s: {', '.join(run_ids)}", error=True)
 
 
-def _report(store: RunStore, grid: Grid, *, show: bool) -> int:
+def make_report(store: RunStore, grid: Grid, *, show: bool) -> int:
     from mmsweep.report import main as report
 
     return report([store.url, "--grid", grid.name, "--into-store", *(["--open"] if show else [])])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,9 +38,15 @@ def _fields(run: RunConfig) -> dict[str, Any]:
 
 
 def arm_name(label: str, taken: Mapping[str, Any]) -> str:
-    """The label as a name that a grid allows, unlike those taken."""
-    name = re.sub(r"[^a-z0-9._-]+", "-", label.lower()).strip("-._").replace("..", "-")[:56] or "setting"
-    return name if name not in taken else f"{name}-{len(taken) + 1}"
+    """The label as a name that a grid allows, unlike those taken. A long one ends with a digest of itself."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", label.lower()).strip("-._").replace("..", "-") or "setting"
+    if len(name) > _LONGEST:
+        name = f"{name[: _LONGEST - 9].rstrip('-._')}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    return next(each for each in names if each not in taken)
+
+
+_LONGEST = 56
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

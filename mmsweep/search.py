@@ -14,20 +14,29 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import shlex
 import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from mmsweep.budget import device_seconds, devices, of_budget, unit
-from mmsweep.grid import Cell, Grid, load_grid
+from mmsweep.budget import Budget, device_seconds, devices, of_budget, unit
+from mmsweep.grid import MAX_CELLS, Cell, Grid, load_grid
 from mmsweep.halving import best, survivors
-from mmsweep.launch import amount, exceptions_told, grid_path, patiently, print_table, run_launch
+from mmsweep.launch import (
+    amount,
+    exceptions_told,
+    grid_path,
+    make_report,
+    patiently,
+    print_table,
+    run_launch,
+)
 from mmsweep.notify import VARIABLE, Webhook, webhook
 from mmsweep.progress import TROUBLE
 from mmsweep.regrid import arm_name, grid_text
@@ -39,10 +48,11 @@ from trainers.flops import cost
 from trainers.records import DIVERGED, SUMMARY
 from trainers.yamlfile import printable
 
-HORIZONS = ("1/4", "1/2", "1")
+HORIZONS = "1/4,1/2,1"
 KEEP = "1/3"
 WINNERS, FRESH_SEEDS = 2, 5
 FRESH = "fresh"
+GOES_ON = "the same command goes on from there"
 _THREADS = 32
 
 
@@ -55,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             return _dry_run(search)
         hook = webhook(arguments.webhook)
+        search.store.facts()  # an error now, and a wait later
         with hook, exceptions_told(hook, f"the search over {arguments.grid}"):
             return _run(search, arguments.address, hook, show=arguments.open)
     except (InputError, StoreError) as error:
@@ -73,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--store", help='folder or "s3://bucket/prefix", instead of the grid\'s own')
     parser.add_argument("--address", help='Ray cluster: "auto" or host:port (default: this machine alone)')
     parser.add_argument(
-        "--horizons", nargs="+", default=HORIZONS, metavar="SHARE",
-        help="shares of the grid's steps, shortest first, the last of them 1 (default: 1/4 1/2 1)",
+        "--horizons", default=HORIZONS, metavar="SHARES",
+        help=f"of the grid's steps, shortest first, the last of them 1 (default: {HORIZONS})",
     )  # fmt: skip
     parser.add_argument(
         "--keep",
@@ -110,11 +121,11 @@ class Search:
     grid: Grid
     store: RunStore
     settings: dict[str, RunConfig]
-    """By name, in the order of the grid; of any seed."""
+    """By name, in the order of the grid; of any seed, and with the name of their arm."""
     horizons: tuple[Fraction, ...]
     keep: Fraction
     winners: int
-    fresh_seeds: tuple[int, ...]
+    fresh_seeds: range
     against: str | None
     without_failed: bool
 
@@ -134,9 +145,8 @@ def _read(arguments: argparse.Namespace) -> Search:
         if getattr(arguments, option) < 1:
             raise InputError(f"--{option.replace('_', '-')} {getattr(arguments, option)}: give at least 1")
     if arguments.against is not None and arguments.against not in settings:
-        raise InputError(
-            f"--against {arguments.against}: no such setting{did_you_mean(arguments.against, settings)}"
-        )
+        near = did_you_mean(arguments.against, settings)
+        raise InputError(f'--against "{printable(arguments.against)}": no such setting{near}')
     if len(settings) < 2:
         raise InputError(f"{arguments.grid}: one setting alone leaves nothing to search: add arms or axes")
     lengths = sorted({run.schedule.steps for run in settings.values()})
@@ -148,34 +158,32 @@ def _read(arguments: argparse.Namespace) -> Search:
     if len(grid.name) > 58:  # a name has 64 characters at most, and the rounds' are longer
         raise InputError(f"{arguments.grid}: name: longer than 58 characters; the rounds add to it")
     first = max(grid.seeds) + 1
-    if first + arguments.fresh_seeds > 2**31:
-        raise InputError(
-            f"{arguments.grid}: seeds: no room for {arguments.fresh_seeds} fresh ones above {first - 1}"
-        )
+    fresh = arguments.fresh_seeds
+    if first + fresh > 2**31 or fresh * (arguments.winners + 1) > MAX_CELLS:
+        raise InputError(f"--fresh-seeds {fresh}: too many above the grid's {first - 1}; give fewer")
     search = Search(
         grid, store, settings, _horizons(arguments.horizons), _keep(arguments.keep), arguments.winners,
-        tuple(range(first, first + arguments.fresh_seeds)), arguments.against, arguments.without_failed,
+        range(first, first + fresh), arguments.against, arguments.without_failed,
     )  # fmt: skip
     for run in settings.values():
         shortened(run, search.horizons[0])
     return search
 
 
-def _horizons(given: Sequence[str]) -> tuple[Fraction, ...]:
-    shares = [_share(text) for text in given]
-    if None in shares:
-        raise InputError(f"--horizons {' '.join(given)}: give shares such as {' '.join(HORIZONS)}")
+def _horizons(given: str) -> tuple[Fraction, ...]:
+    shares = [_share(text) for text in given.split(",")]
     horizons = tuple(share for share in shares if share is not None)
+    if len(horizons) < len(shares):
+        raise InputError(f"--horizons {printable(given)}: give shares such as {HORIZONS}")
     if horizons != tuple(sorted(set(horizons))) or horizons[0] <= 0 or horizons[-1] != 1:
-        example = " ".join(HORIZONS)
-        raise InputError(f"--horizons {' '.join(given)}: shares rise from above 0 to 1, as in {example}")
+        raise InputError(f"--horizons {given}: shares rise from above 0 to 1, as in {HORIZONS}")
     return horizons
 
 
 def _keep(given: str) -> Fraction:
     keep = _share(given)
     if keep is None or not 0 < keep < 1:
-        raise InputError(f"--keep {given}: give a share between 0 and 1, such as {KEEP}")
+        raise InputError(f"--keep {printable(given)}: give a share between 0 and 1, such as {KEEP}")
     return keep
 
 
@@ -191,8 +199,7 @@ def _share(text: str) -> Fraction | None:
 
 def settings_of(grid: Grid) -> dict[str, RunConfig]:
     """Name → config of every setting of a grid; of those that make the same run the first."""
-    short = {path: path.rpartition(".")[2] for path in grid.axes}
-    short = {path: name if list(short.values()).count(name) == 1 else path for path, name in short.items()}
+    short = _short(list(grid.axes))
     found: dict[str, RunConfig] = {}
     seen: set[str] = set()
     for cell in grid.cells:
@@ -200,6 +207,16 @@ def settings_of(grid: Grid) -> dict[str, RunConfig]:
             seen.add(cell.run_id)
             found[_name(cell, short, found)] = grid.runs[cell.run_id]
     return found
+
+
+def _short(paths: Sequence[str]) -> dict[str, str]:
+    """The least of each path's end that no other one has: `lr`, or `muon.lr` and `adamw.lr`."""
+    ends = {path: [path.split(".", n)[n] for n in range(path.count(".") + 1)] for path in paths}
+    every = [end for path in paths for end in ends[path]]
+    return {
+        path: next((end for end in reversed(own) if every.count(end) == 1), path)
+        for path, own in ends.items()
+    }
 
 
 def _name(cell: Cell, short: Mapping[str, str], taken: Mapping[str, Any]) -> str:
@@ -255,8 +272,6 @@ class _Trainer:
     hook: Webhook
     hours: float = 0.0
     """Device-hours of the rounds so far."""
-    begun: bool = False
-    """The store has answered before, so that it is waited for when it does not."""
 
     def losses(
         self, number: int, runs: Mapping[str, RunConfig], seeds: Sequence[int], *, show: bool = False
@@ -266,12 +281,19 @@ class _Trainer:
         Raises:
             _EndedError: the round was stopped, or runs of it were given up.
         """
-        grid = self._grid(number, runs, seeds)
+        grid, store = self._grid(number, runs, seeds), self.search.store
         summaries = self._summaries(grid)
         if len(summaries) < len(grid.runs):
-            if run_launch(grid, self.search.store, self.address, self.hook, show=show) == 2:
+            status, stopped = run_launch(self._within_budget(grid), store, self.address, self.hook, show=show)
+            if status == 2:
                 raise _EndedError(2, "")  # it has said why
+            if stopped:
+                raise _EndedError(1, f"{stopped} in {self.search.round_title(number)}; {GOES_ON}")
             summaries = self._summaries(grid)
+        else:  # by another grid, or by an earlier search
+            store.put_grid(grid.name, grid.text, grid.index())
+            if number > len(self.search.horizons):
+                make_report(store, grid, show=show)
         spent = [device_seconds(summary, devices(grid.resources)) for summary in summaries.values()]
         self.hours += sum(spent) / 3600
         by_setting: dict[str, list[float]] = {name: [] for name in runs}
@@ -288,22 +310,29 @@ class _Trainer:
     def _grid(self, number: int, runs: Mapping[str, RunConfig], seeds: Sequence[int]) -> Grid:
         """The round as a grid file, read as any other."""
         of, keys = self.search.grid, dict[str, Any]()
-        ranks = {arm: rank for arm, rank in of.resources.priority.items() if arm in runs}
+        ranks = {name: of.resources.priority.get(self.search.settings[name].arm, 0) for name in runs}
+        ranks = {name: rank for name, rank in ranks.items() if rank}
         resources = of.resources.model_copy(update={"priority": ranks})
         keys["description"] = f"{self.search.round_title(number)} of a search: {of.description}".rstrip(": ")
         keys["resources"] = resources.model_dump(mode="json", exclude_defaults=True)
         if of.budget is not None:
-            left = of.budget.hours - self.hours
-            if left <= 0:
-                hours = of_budget(of.budget.hours, self.hours, unit(of.resources))
-                raise _EndedError(1, f"budget spent: {hours}; the next round is not begun")
-            keys["budget"] = {"gpu_hours": left}
+            keys["budget"] = of.budget.model_dump(mode="json", exclude_none=True)
         name = self.search.round_name(number)
         known = {run.data.model_copy(update={"digest": None}): str(run.data.digest) for run in runs.values()}
         with tempfile.TemporaryDirectory(prefix="mmsweep-search-") as folder:
             file = Path(folder) / f"{name}.yaml"
             file.write_text(grid_text(name, runs, seeds, **keys))
             return load_grid(file, identify=known.__getitem__)
+
+    def _within_budget(self, grid: Grid) -> Grid:
+        """With what earlier rounds have left of the budget."""
+        if grid.budget is None:
+            return grid
+        left = grid.budget.hours - self.hours
+        if left <= 0:
+            hours = of_budget(grid.budget.hours, self.hours, unit(grid.resources))
+            raise _EndedError(1, f"budget spent: {hours}; raise it, and {GOES_ON}")
+        return replace(grid, budget=Budget(gpu_hours=left))
 
     def _summaries(self, grid: Grid) -> dict[str, dict[str, Any]]:
         """Of the grid's runs that are complete."""
@@ -315,9 +344,7 @@ class _Trainer:
                 found = dict(zip(complete, pool.map(store.summary, complete), strict=True))
             return {run_id: summary for run_id, summary in found.items() if summary is not None}
 
-        found = patiently(name, look, print, at_most_s=math.inf if self.begun else 0)
-        self.begun = True
-        return found
+        return patiently(name, look, print)
 
     def _explain(self, number: int, grid: Grid, summaries: Mapping[str, Any], settings: set[str]) -> None:
         """Say why settings have not all their runs; raises `_EndedError` where that ends the search."""
@@ -325,9 +352,11 @@ class _Trainer:
         with ThreadPoolExecutor(_THREADS) as pool:
             states = [status or {} for status in pool.map(self.search.store.status, missing)]
         self.hours += sum(device_seconds(state, devices(grid.resources)) for state in states) / 3600
+        where = self.search.round_title(number)
+        if any(str(state.get("reason", "")).startswith("budget spent") for state in states):
+            raise _EndedError(1, f"budget spent in {where}; raise it, and {GOES_ON}")
         if any(state.get("status") not in TROUBLE for state in states):
-            where = self.search.round_title(number)
-            raise _EndedError(1, f"stopped in {where}; the same command goes on from there")
+            raise _EndedError(1, f"stopped in {where}; {GOES_ON}")
         names = ", ".join(name for name in self.search.settings if name in settings)
         if not self.search.without_failed:
             raise _EndedError(
@@ -368,16 +397,16 @@ def _confirm(search: Search, trainer: _Trainer, found: Mapping[str, float], *, s
     """Train the winners on fresh seeds, and say what came out."""
     name, winners = search.grid.name, best(found, search.winners)
     names = list(dict.fromkeys([*winners, *([search.against] if search.against else [])]))
-    print(f"{name}: on fresh seeds: {', '.join(names)}", flush=True)
     runs = {setting: search.settings[setting] for setting in names}
     number = len(search.horizons) + 1
+    print(f"{name}: {search.round_title(number)}, fresh seeds: {_listed(names)}", flush=True)
     fresh = trainer.losses(number, runs, search.fresh_seeds, show=show)
-    rows = [["setting", "when chosen", f"on {len(search.fresh_seeds)} fresh seeds"]]
+    rows = [["setting", "when chosen", f"on fresh seeds (n = {len(search.fresh_seeds)})"]]
     order = sorted(fresh, key=lambda setting: fresh[setting])
     rows += [[setting, _loss(found.get(setting)), _loss(fresh[setting])] for setting in order]
     print("median final validation loss, nats per token")
     print_table(rows, left=("setting",))
-    page = f"python -m mmsweep.report {search.store.url} --grid {search.round_name(number)}"
+    page = f"python -m mmsweep.report {shlex.quote(search.store.url)} --grid {search.round_name(number)}"
     winner = order[0] if math.isfinite(fresh[order[0]]) else "none, all diverged"
     print(f"{name}: best on fresh seeds: {winner}; differences and their intervals: {page}")
 
@@ -401,7 +430,8 @@ def _dry_run(search: Search) -> int:
     for number, horizon in enumerate([*search.horizons, None], start=1):
         seeds = len(search.grid.seeds)
         if horizon is None:  # on fresh seeds
-            left, seeds = min(left, search.winners) + (search.against is not None), len(search.fresh_seeds)
+            most = search.winners + (search.against is not None)
+            left, seeds = min(len(search.settings), most), len(search.fresh_seeds)
         runs = [shortened(run, horizon or Fraction(1)) for run in search.settings.values()]
         price = statistics.fmean(cost(run).total for run in runs) * left * seeds
         steps = f"{runs[0].schedule.steps:,}"
@@ -413,7 +443,7 @@ def _dry_run(search: Search) -> int:
     print_table(rows, left=("grid",))
     everything = sum(cost(run).total for run in search.settings.values()) * len(search.grid.seeds)
     print(
-        f"{search.grid.name}: {amount(total)}FLOP if settings cost alike and none diverges; "
+        f"{search.grid.name}: {amount(total)}FLOP at most, if settings cost alike; "
         f"{amount(everything)}FLOP with all settings at full length"
     )
     return 0

@@ -130,3 +130,19 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
+
+
+@pytest.fixture
+def write_grid(tmp_path: Path, texts: str) -> Callable[..., Path]:
+    """Writes tiny.yaml: a text, with its TEXTS and what else is named replaced."""
+
+    def write(text: str, **changes: str) -> Path:
+        text = text.replace("TEXTS", texts)
+        for old, new in changes.items():
+            assert old in text
+            text = text.replace(old, new)
+        path = tmp_path / "tiny.yaml"
+        path.write_text(text)
+        return path
+
+    return write

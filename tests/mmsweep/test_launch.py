@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -53,17 +54,8 @@ pytestmark = pytest.mark.usefixtures("texts")
 
 
 @pytest.fixture
-def grid(tmp_path, texts) -> Callable[..., Path]:
-    def write(**changes: str) -> Path:
-        text = TINY.replace("TEXTS", texts)
-        for old, new in changes.items():
-            assert old in text
-            text = text.replace(old, new)
-        path = tmp_path / "tiny.yaml"
-        path.write_text(text)
-        return path
-
-    return write
+def grid(write_grid) -> Callable[..., Path]:
+    return functools.partial(write_grid, TINY)
 
 
 @pytest.fixture(scope="module")
@@ -412,7 +404,7 @@ def cluster(tmp_path, monkeypatch) -> Cluster:
     monkeypatch.setattr(launch_module, "nodes", lambda: [Node("a", {"CPU": 1.0}, {"CPU": 1.0})])
     monkeypatch.setattr(launch_module, "to_come", list)
     monkeypatch.setattr(launch_module, "LONGEST_PAUSE_S", 0.1)
-    monkeypatch.setattr(launch_module, "_report", lambda *_, **__: 0)
+    monkeypatch.setattr(launch_module, "make_report", lambda *_, **__: 0)
     monkeypatch.setitem(sys.modules, "mmsweep.trial", SimpleNamespace(run_all=stand_in.run_all))
     return stand_in
 

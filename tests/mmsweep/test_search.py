@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 import mmsweep.search as search_module
 from mmsweep.grid import Grid, load_grid
 from mmsweep.halving import best, survivors
-from mmsweep.regrid import flat, nested
+from mmsweep.regrid import arm_name, flat, nested
 from mmsweep.search import final_loss, main, settings_of
 from mmsweep.store import RunStore, StoreError, open_store
 from trainers import records
@@ -47,17 +48,8 @@ pytestmark = pytest.mark.usefixtures("texts")
 
 
 @pytest.fixture
-def grid(tmp_path, texts) -> Callable[..., Path]:
-    def write(**changes: str) -> Path:
-        text = TINY.replace("TEXTS", texts)
-        for old, new in changes.items():
-            assert old in text
-            text = text.replace(old, new)
-        path = tmp_path / "tiny.yaml"
-        path.write_text(text)
-        return path
-
-    return write
+def grid(write_grid) -> Callable[..., Path]:
+    return functools.partial(write_grid, TINY)
 
 
 class Launches:
@@ -70,8 +62,12 @@ class Launches:
         self.given_up: set[str] = set()
         self.stop_after = math.inf
         """Runs until somebody stops the launch."""
+        self.stop_at_the_end_of = ""
+        """Grid whose launch somebody stops when all is done."""
 
-    def __call__(self, grid: Grid, store: RunStore, address: str | None, hook: object, *, show: bool) -> int:
+    def __call__(
+        self, grid: Grid, store: RunStore, address: str | None, hook: object, *, show: bool
+    ) -> tuple[int, str]:
         self.grids.append(grid)
         store.put_grid(grid.name, grid.text, grid.index())
         whole = True
@@ -87,7 +83,8 @@ class Launches:
                 continue
             store.put_status(run_id, status)
             whole = False
-        return 0 if whole else 1
+        late = "stopped by SIGTERM" if grid.name == self.stop_at_the_end_of else ""
+        return (0, late) if whole else (1, "" if self.stop_after else "stopped by Ctrl-C")
 
     def arms(self) -> list[list[str]]:
         return [list(grid.arms) for grid in self.grids]
@@ -105,6 +102,7 @@ def summary(loss: float, steps: int) -> dict[str, Any]:
 def launches(tmp_path, monkeypatch) -> Launches:
     stand_in = Launches(open_store(str(tmp_path / "store")))
     monkeypatch.setattr(search_module, "run_launch", stand_in)
+    monkeypatch.setattr(search_module, "make_report", lambda *_, **__: 0)
     return stand_in
 
 
@@ -156,11 +154,28 @@ def test_as_many_as_are_to_win_go_on(grid, launches):
 def test_the_same_command_trains_nothing_twice(grid, launches, capsys):
     path = grid()
     assert search(path, launches) == 0
-    said = capsys.readouterr().out.splitlines()[-4:]
+    said = capsys.readouterr().out.splitlines()
     launches.grids.clear()
     assert search(path, launches) == 0
     assert launches.grids == []
-    assert capsys.readouterr().out.splitlines()[-4:] == said
+    assert capsys.readouterr().out.splitlines() == said
+
+
+def test_a_round_that_another_grid_has_trained_is_in_the_store_under_its_own_name(grid, launches):
+    path = grid()
+    assert search(path, launches) == 0
+    path.write_text(path.read_text().replace("name: tiny", "name: other"))
+    assert search(path, launches) == 0
+    assert {"other-r1", "other-r2", "other-r3", "other-fresh"} <= set(launches.store.grids())
+    assert [g.name for g in launches.grids if g.name.startswith("other")] == []
+
+
+def test_fewer_winners_make_the_last_round_anew(grid, launches):
+    path = grid()
+    assert search(path, launches) == 0
+    assert search(path, launches, "--winners", "1", "--fresh-seeds", "2") == 0
+    index = launches.store.grid_index("tiny-fresh")
+    assert (list(index["arms"]), index["seeds"]) == (["b"], [3, 4])
 
 
 @pytest.mark.parametrize("runs", [0, 3, 8, 11, 17])
@@ -168,10 +183,21 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(grid, launches, runs, ca
     path = grid()
     launches.stop_after = runs
     assert search(path, launches, "--fresh-seeds", "2") == 1
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "tiny: stopped by Ctrl-C in round " in capsys.readouterr().err
     launches.stop_after = math.inf
     assert search(path, launches, "--fresh-seeds", "2") == 0
     assert "best on fresh seeds: b;" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tiny-r1", "tiny-fresh"])
+def test_a_stop_that_comes_when_a_round_is_done_ends_the_search_too(grid, launches, name, capsys):
+    launches.stop_at_the_end_of = name
+    assert search(grid(), launches) == 1
+    assert launches.grids[-1].name == name
+    number = 1 if name == "tiny-r1" else 4
+    assert capsys.readouterr().err == (
+        f"tiny: stopped by SIGTERM in round {number} of 4; the same command goes on from there\n"
+    )
 
 
 def test_settings_with_runs_that_were_given_up_are_named_and_can_be_left_out(grid, launches, capsys):
@@ -208,11 +234,30 @@ def test_the_rounds_share_a_budget(grid, launches, capsys):
     path = grid(**{"name: tiny": "name: tiny\nbudget: {cost: 20, price_per_hour: 4}"})  # 5 hours
     assert search(path, launches) == 1
     assert [g.budget.hours for g in launches.grids if g.budget] == [5.0, 1.0]
-    assert "tiny: budget spent: 6 of 5 worker-hours; the next round is not begun" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("tiny: budget spent: 6 of 5 worker-hours; raise it, and the same command goes")
+    path.write_text(path.read_text().replace("cost: 20", "cost: 60"))
+    assert search(path, launches) == 0
+    path.write_text(path.read_text().replace("cost: 60", "cost: 20"))
+    assert search(path, launches) == 0  # nothing is left to train
+
+
+def test_a_budget_that_ends_within_a_round_is_said_to(grid, launches, monkeypatch, capsys):
+    def launch(grid: Grid, store: RunStore, *_: object, **__: object) -> tuple[int, str]:
+        for run_id in grid.runs:
+            store.put_status(
+                run_id, {"status": records.PENDING, "steps": 4, "reason": "budget spent: 1 of 1"}
+            )
+        return 1, ""
+
+    monkeypatch.setattr(search_module, "run_launch", launch)
+    assert search(grid(), launches) == 1
+    error = capsys.readouterr().err
+    assert error == "tiny: budget spent in round 1 of 4; raise it, and the same command goes on from there\n"
 
 
 def test_somebody_else_s_launch_ends_the_search_with_2(grid, launches, monkeypatch):
-    monkeypatch.setattr(search_module, "run_launch", lambda *_, **__: 2)
+    monkeypatch.setattr(search_module, "run_launch", lambda *_, **__: (2, ""))
     assert search(grid(), launches) == 2
 
 
@@ -222,7 +267,7 @@ def test_a_store_that_is_away_between_rounds_is_waited_for(grid, launches, monke
 
     def away(store: RunStore) -> dict[str, set[str]]:
         asked.append(len(launches.grids))
-        if asked.count(1) == 1 and asked[-1] == 1:
+        if asked.count(1) == 1 and asked[-1] == 1:  # once, after the first round
             raise StoreError("s3://b: the service is failing or overloaded; try again later (SlowDown)")
         return facts(store)
 
@@ -252,14 +297,36 @@ def test_a_setting_is_an_arm_with_the_values_of_its_axes(grid):
     assert names == [f"{arm}-lr-{lr}" for lr in (0.1, 0.3) for arm in "abcd"]
 
 
-def test_axes_that_end_alike_are_named_in_full_and_twins_are_one_setting(grid):
+def test_axes_that_end_alike_are_told_apart_and_twins_are_one_setting(grid):
     rates = "optimizer.muon.lr: [0.1], optimizer.adamw.lr: [0.1]"
     axes = f"axes: {{{rates}, optimizer.muon.retraction: [column_norm, svd_sorted]}}"
     path = grid(**{"base:\n": f"{axes}\nbase:\n"})
     names = list(settings_of(load_grid(path, identify=identify)))
-    ends = "optimizer.muon.lr-0.1-optimizer.adamw.lr-0.1-retraction"
-    assert [name for name in names if name.startswith("a-")] == [f"a-{ends}-column_norm"[:56].rstrip("-._")]
-    assert len(names) == 6  # two arms have no DGram matrix
+    ends = [
+        "muon.lr-0.1-adamw.lr-0.1-retraction-column_norm",
+        "muon.lr-0.1-adamw.lr-0.1-retraction-svd_sorted",
+    ]
+    assert [name for name in names if name.startswith("b-")] == [f"b-{end}" for end in ends]
+    assert [name for name in names if name.startswith("a-")] == [f"a-{ends[0]}"]  # has no DGram matrix
+    assert len(names) == 6
+
+
+def test_arms_keep_their_rank_in_every_setting(grid, launches):
+    path = grid(**{"base:\n": "axes: {optimizer.muon.lr: [0.1, 0.3]}\nbase:\n"})
+    launches.losses = {f"{arm}-lr-{lr}": ord(arm) + lr for arm in "abcd" for lr in (0.1, 0.3)}
+    assert search(path, launches) == 0
+    assert launches.grids[0].resources.priority == {"b-lr-0.1": 3, "b-lr-0.3": 3}
+
+
+def test_no_two_labels_get_one_name_and_a_long_one_keeps_its_own():
+    taken: dict[str, object] = {}
+    for label in ("a x", "a-x-2", "A x", "a.x", "a x"):
+        taken[arm_name(label, taken)] = label
+    assert list(taken) == ["a-x", "a-x-2", "a-x-3", "a.x", "a-x-4"]
+    long = "x" * 60
+    assert arm_name(long, {}) == arm_name(long, {"other": 1})
+    assert arm_name(long, {}) != arm_name(f"{long}y", {})
+    assert len(arm_name(long, {})) <= 56
 
 
 def test_the_dry_run_prints_every_round(grid, launches, capsys):
@@ -278,18 +345,21 @@ def test_the_dry_run_prints_every_round(grid, launches, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--horizons", "1/2", "1/4", "1"], "shares rise from above 0 to 1"),
+        (["--horizons", "1/2,1/4,1"], "shares rise from above 0 to 1"),
         (["--horizons", "1/2"], "shares rise from above 0 to 1"),
-        (["--horizons", "0", "1"], "shares rise from above 0 to 1"),
-        (["--horizons", "half", "1"], "give shares such as 1/4 1/2 1"),
-        (["--horizons", "1/0", "1"], "give shares such as 1/4 1/2 1"),
-        (["--horizons", "1e-999999999", "1"], "give shares such as 1/4 1/2 1"),
-        (["--horizons", "1/32", "1"], "leaves 0 of 16 steps; give larger shares"),
+        (["--horizons", "0,1"], "shares rise from above 0 to 1"),
+        (["--horizons", "half,1"], "give shares such as 1/4,1/2,1"),
+        (["--horizons", "1/0,1"], "give shares such as 1/4,1/2,1"),
+        (["--horizons", "1e-999999999,1"], "give shares such as 1/4,1/2,1"),
+        (["--horizons", "1/32,1"], "leaves 0 of 16 steps; give larger shares"),
         (["--keep", "1"], "--keep 1: give a share between 0 and 1"),
         (["--keep", "x"], "--keep x: give a share between 0 and 1"),
         (["--winners", "0"], "--winners 0: give at least 1"),
         (["--fresh-seeds", "-1"], "--fresh-seeds -1: give at least 1"),
-        (["--against", "aa"], '--against aa: no such setting (did you mean "a"?)'),
+        (["--against", "aa"], '--against "aa": no such setting (did you mean "a"?)'),
+        (["--against", "a\nb"], '--against "a\\nb": no such setting'),
+        (["--fresh-seeds", "2000000000"], "--fresh-seeds 2000000000: too many above the grid's 2"),
+        (["--fresh-seeds", "60000"], "--fresh-seeds 60000: too many"),
         (["--store", "ftp://x"], "ftp://x"),
     ],
 )
@@ -310,7 +380,7 @@ def test_bad_options_are_one_line(grid, launches, capsys, options, message):
             "settings of 16 to 32 steps: a search shortens",
         ),
         ("name: tiny", f"name: {'x' * 60}", "name: longer than 58 characters"),
-        ("seeds: [1, 2]", "seeds: [2147483647]", "no room for 5 fresh ones above 2147483647"),
+        ("seeds: [1, 2]", "seeds: [2147483647]", "--fresh-seeds 5: too many above the grid's 2147483647"),
         ("attn: none", "attn: non", 'unknown manifold "non"'),
     ],
 )
@@ -398,7 +468,7 @@ def test_nested_undoes_flat(tree):
 def test_a_search_trains_its_rounds_and_reports_the_winner(grid, tmp_path):
     path = grid(**{"seeds: [1, 2]": "seeds: [1]", ", priority: {b: 3}": ""})
     store = tmp_path / "store"
-    options = ["--horizons", "1/2", "1", "--winners", "1", "--fresh-seeds", "1", "--against", "a"]
+    options = ["--horizons", "1/2,1", "--winners", "1", "--fresh-seeds", "1", "--against", "a"]
     command = [sys.executable, "-m", "mmsweep.search", str(path), "--store", str(store), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

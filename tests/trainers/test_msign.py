@@ -31,8 +31,12 @@ from matrices import (
 from trainers.iterations import default_steps, gram_groups
 from trainers.manifold import METHODS, default_dtype, msign
 from trainers.manifold.msign import (
+    COARSE,
     add_product,
+    apply_correction,
+    correction_unseen,
     gram,
+    gram_error,
     inverse_root,
     msign_and_root,
     polar_near,
@@ -438,15 +442,51 @@ def test_inverse_root_is_one(n, extra, radius, seed):
     assert coarse < 1e-2 * root.norm() + 1e-6
 
 
-@pytest.mark.parametrize("pair", [(1, 2), (30, 63)])
-def test_polar_near_of_a_matrix_that_is_off_in_two_columns_alone(pair):
-    i, j = pair
-    X = orthonormal(96, 64)
-    X[:, j] = 0.8 * X[:, j] + 0.6 * X[:, i]
-    A = polar_near(X, 0.5)
-    assert A is not None
-    U, _, Vt = torch.linalg.svd(X, full_matrices=False)
-    assert torch.allclose(A, U @ Vt, atol=1e-9)
+@pytest.mark.parametrize("n", [2, 3, 16])
+def test_polar_near_of_a_matrix_that_is_off_in_two_columns_alone(n):
+    for i, j in itertools.permutations(range(n), 2):
+        X = orthonormal(n + 4, n)
+        X[:, j] = 0.8 * X[:, j] + 0.6 * X[:, i]
+        A = polar_near(X, 0.5)
+        assert A is not None
+        U, _, Vt = torch.linalg.svd(X, full_matrices=False)
+        assert torch.allclose(A, U @ Vt, atol=1e-9)
+
+
+@pytest.mark.parametrize("i", [0, 5, 15])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("size", [0.01, 0.1, 0.5, 0.9])
+def test_the_last_step_is_not_taken_too_early_for_a_sparse_error(i, sign, size):
+    for j in set(range(16)) - {i}:
+        v = torch.zeros(16, dtype=torch.float64)
+        v[i], v[j] = 0.5**0.5, sign * 0.5**0.5
+        E = size * torch.outer(v, v)[None]
+        Y = torch.eye(16, dtype=torch.float64) + inverse_root(E)
+        assert (Y @ (torch.eye(16) + E) @ Y - torch.eye(16)).norm() < 1e-12
+
+
+@pytest.mark.parametrize("radius", [0.001, 0.0204, 0.025, 0.05, 0.2])
+@pytest.mark.parametrize("lone", [0.3, 1.1, 1.2, 1.5, 1.6, 2.0, 3.0, 30.0])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_copes_without_looking_gets_nearer_with_each_call(radius, lone, dtype):
+    """The way of a GPU, where nothing is read, with one singular value that is not where it was said to."""
+    sigma = torch.ones(32, dtype=torch.float64)
+    sigma[7] = lone
+    X = (orthonormal(48, 32) * sigma @ orthonormal(32, 32, seed=1).mT).float()[None]
+    off = [abs(lone - 1)]
+    for _ in range(8 if lone <= 3 else 32):
+        D, scale, used = correction_unseen(gram_error(X), radius, dtype if radius <= COARSE else None)
+        X = apply_correction(X * scale, D, used)
+        off.append(float((torch.linalg.svdvals(X.double()) - 1).abs().amax()))
+        assert off[-1] < off[-2] + 1e-5
+    assert off[-1] < 1e-5
+
+
+def test_an_empty_batch_is_no_error():
+    empty = torch.zeros(0, 4, 3)
+    assert product(empty, torch.zeros(0, 3, 3)).shape == (0, 4, 3)
+    assert add_product(empty, empty, torch.zeros(0, 3, 3)).shape == (0, 4, 3)
+    assert product(torch.ones(1, 4, 3), torch.ones(2, 3, 3)).shape == (2, 4, 3)
 
 
 def test_polar_near_takes_no_more_steps_than_it_needs():

@@ -6,6 +6,7 @@ Everything here is matrix products: half precision and batches are welcome, fact
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import count
 from typing import Literal
 
@@ -157,7 +158,7 @@ def product(A: Tensor, B: Tensor, dtype: torch.dtype | None = None) -> Tensor:  
     """A B, multiplied in `dtype`, which is also the result's; None is A's. One tall matrix that lies in
     memory as its transpose stays so."""
     A, B = A.to(dtype or A.dtype), B.to(dtype or B.dtype)
-    if A.ndim != 3 or A.size(0) > 1:
+    if not (A.ndim == 3 and A.size(0) == B.size(0) == 1):
         return A @ B
     a, b = A[0], B[0]  # bmm would copy a transposed operand first
     return ((b.mT @ a.mT).mT if _lies_wide(a) else a @ b).unsqueeze(0)
@@ -172,7 +173,7 @@ def add_product(
     alpha: float = 1.0,
 ) -> Tensor:  # (B, m, n)
     """`beta C + alpha A B`, of one dtype, where C and A lie alike in memory, and so does the result."""
-    if A.size(0) > 1 or not _lies_wide(A[0]):
+    if not (A.size(0) == B.size(0) == 1 and _lies_wide(A[0])):
         return torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
     return torch.addmm(C[0].mT, B[0].mT, A[0].mT, beta=beta, alpha=alpha).mT.unsqueeze(0)
 
@@ -297,8 +298,9 @@ COARSE = 0.025
 """Largest radius at which corrections may be in half precision: their noise is some percent of them,
 which at width 768 and radius .02 leaves ‖WᵀW - I‖_F at 3e-4, and at .05 at 1.2e-3."""
 
-_REACH = 1.3
-"""‖E‖ up to which Newton-Schulz on I + E converges (it diverges from 1.34 up)."""
+_REACH = {3: 1.3, 5: 1.15}
+"""‖E‖ up to which Newton-Schulz on I + E converges, by the order of its last step (with one of third order it
+diverges from 1.34 up, with one of fifth from 1.23)."""
 
 
 def polar_near(
@@ -338,22 +340,29 @@ def correction_near(
 ) -> tuple[Tensor, Tensor | None, torch.dtype | None] | None:
     """The arithmetic of `polar_near` on E = XᵀX - I alone: (D, s, precision of X D) so that the polar factor
     is s (X + X D), s (B, 1, 1) or None for 1; or None where X is too far away."""
-    size = E.norm(dim=(-2, -1), keepdim=True)
     if radius > COARSE:
         dtype = None
     if E.device.type != "cpu":
-        scale = ((1 + size) / (1 + _REACH)).clamp_min(1.0)
-        E = E / scale
-        E.diagonal(dim1=-2, dim2=-1).add_((1 / scale - 1).squeeze(-1))
-        plan = steps_from(radius, 3e-5 if dtype in HALF else CONVERGED)
-        return inverse_root(E, plan, dtype), scale.rsqrt(), dtype
-    largest = float(size.amax())
+        return correction_unseen(E, radius, dtype)
+    largest = float(E.norm(dim=(-2, -1)).amax())
     # ‖E‖₂ <= ‖E²‖_F^(1/2), which grows with n^(1/4) where ‖E‖_F grows with n^(1/2).
     if not (largest < 1 or float(_size(product(E, E)).amax()) < 1):
         return None
     if largest > 2 * COARSE * E.size(-1) ** 0.5:
         dtype = None
     return inverse_root(E, None, dtype), None, dtype
+
+
+def correction_unseen(
+    E: Tensor, radius: float, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, torch.dtype | None]:
+    """`correction_near` that reads nothing from the device, and always returns something."""
+    plan = steps_from(radius, 3e-5 if dtype in HALF else CONVERGED)
+    size = E.norm(dim=(-2, -1), keepdim=True)
+    scale = ((1 + size) / (1 + _REACH[plan[1]])).clamp_min(1.0)
+    E = E / scale
+    E.diagonal(dim1=-2, dim2=-1).add_((1 / scale - 1).squeeze(-1))
+    return inverse_root(E, plan, dtype), scale.rsqrt(), dtype
 
 
 def gram_error(X: Tensor) -> Tensor:  # (B, m, n) -> (B, n, n)
@@ -403,15 +412,23 @@ _ROUNDING = {torch.float16: 1e-5, torch.bfloat16: 1e-5, torch.float32: 1e-8, tor
 
 def _last_order(F: Tensor, square: Tensor) -> int | None:
     """Order of a step after which E' is below what the precision resolves; None if neither third nor fifth
-    will do. Judged by the leading terms, 5/8 E³ and 63/128 E⁵, of which random signs tell the Frobenius norm
-    (Hutchinson)."""
-    n, probes = F.size(-1), 8
-    rounding = _ROUNDING[F.dtype] * (n * probes) ** 0.5
-    signs = torch.randint(2, (n, probes), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    some = square @ (F @ signs.to(F.dtype))
+    will do. Judged by the leading terms, 5/8 E³ and 63/128 E⁵, of which random vectors tell the Frobenius
+    norm."""
+    n = F.size(-1)
+    rounding = _ROUNDING[F.dtype] * (n * _PROBES) ** 0.5
+    some = square @ (F @ _probes(n).to(F.dtype))
     if 5 / 8 * float(_size(some).amax()) < rounding:
         return 3
     return 5 if 63 / 128 * float(_size(square @ some).amax()) < rounding else None
+
+
+_PROBES = 8
+
+
+@lru_cache(maxsize=16)
+def _probes(n: int) -> Tensor:  # (n, 8)
+    """Gaussian: random signs would be blind to differences of two columns."""
+    return torch.randn(n, _PROBES, generator=torch.Generator().manual_seed(0))
 
 
 def apply_correction(X: Tensor, D: Tensor, dtype: torch.dtype | None = None) -> Tensor:
