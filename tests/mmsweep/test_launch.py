@@ -194,6 +194,7 @@ def test_killed_and_stopped_launches_go_on_where_they_were(grid, tmp_path):
     printed, _ = second.communicate(timeout=90)
     assert second.returncode == 1
     assert printed.startswith(f"tiny: taken over from pid {first.pid} on ")
+    assert "\ntiny: stopped by Ctrl-C\n" in printed
     assert "the same command goes on from here" in printed
     assert store.launches("tiny") == []
     wait_for(lambda: not processes("mmsweep.agent") and not processes("trainers.train"), "orphans to end")
