@@ -275,8 +275,8 @@ class _Trainer:
 
     def losses(
         self, number: int, runs: Mapping[str, RunConfig], seeds: Sequence[int], *, show: bool = False
-    ) -> dict[str, float]:
-        """Median final loss over seeds by setting, +inf for one that diverged in half of its runs or more.
+    ) -> dict[str, list[float]]:
+        """Final losses by setting, in the order of the seeds; +inf where a run diverged.
 
         Raises:
             _EndedError: the round was stopped, or runs of it were given up.
@@ -305,7 +305,7 @@ class _Trainer:
             self._explain(number, grid, summaries, set(by_setting) - set(whole))
         if not whole:
             raise _EndedError(1, "no setting has all its runs")
-        return {name: statistics.median(found) for name, found in whole.items()}
+        return whole
 
     def _grid(self, number: int, runs: Mapping[str, RunConfig], seeds: Sequence[int]) -> Grid:
         """The round as a grid file, read as any other."""
@@ -377,6 +377,11 @@ def _run(search: Search, address: str | None, hook: Webhook, *, show: bool) -> i
     return 0
 
 
+def _medians(losses: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """+inf for a setting that diverged in half of its runs or more."""
+    return {name: statistics.median(found) for name, found in losses.items()}
+
+
 def _halve(search: Search, trainer: _Trainer) -> dict[str, float]:
     """Median final losses of the settings that reach the last horizon."""
     name, names = search.grid.name, list(search.settings)
@@ -384,7 +389,7 @@ def _halve(search: Search, trainer: _Trainer) -> dict[str, float]:
         runs = {setting: shortened(search.settings[setting], horizon) for setting in names}
         steps = next(iter(runs.values())).schedule.steps
         print(f"{name}: {search.round_title(number)}, {steps:,} steps: {_listed(names)}", flush=True)
-        found = trainer.losses(number, runs, search.grid.seeds)
+        found = _medians(trainer.losses(number, runs, search.grid.seeds))
         if not any(map(math.isfinite, found.values())):
             raise _EndedError(1, "every setting has diverged")
         if horizon < 1:
@@ -400,15 +405,32 @@ def _confirm(search: Search, trainer: _Trainer, found: Mapping[str, float], *, s
     runs = {setting: search.settings[setting] for setting in names}
     number = len(search.horizons) + 1
     print(f"{name}: {search.round_title(number)}, fresh seeds: {_listed(names)}", flush=True)
-    fresh = trainer.losses(number, runs, search.fresh_seeds, show=show)
-    rows = [["setting", "when chosen", f"on fresh seeds (n = {len(search.fresh_seeds)})"]]
+    losses = trainer.losses(number, runs, search.fresh_seeds, show=show)
+    fresh = _medians(losses)
     order = sorted(fresh, key=lambda setting: fresh[setting])
-    rows += [[setting, _loss(found.get(setting)), _loss(fresh[setting])] for setting in order]
-    print("median final validation loss, nats per token")
+    reference = next(n for n in (search.against, *winners, *order) if n in fresh)
+    rows = [["setting", "when chosen", "on fresh seeds", f"− {reference}"]]
+    for setting in order:
+        difference = "" if setting == reference else _difference(losses[setting], losses[reference])
+        rows.append([setting, _loss(found.get(setting)), _loss(fresh[setting]), difference])
     print_table(rows, left=("setting",))
-    page = f"python -m mmsweep.report {shlex.quote(search.store.url)} --grid {search.round_name(number)}"
+    print(
+        "Losses: median final validation loss, nats per token, over the searched and over "
+        f"{len(search.fresh_seeds)} fresh seeds. − {reference}: mean paired difference on the fresh seeds "
+        "[95% t interval] (pairs of finite losses), exploratory."
+    )
     winner = order[0] if math.isfinite(fresh[order[0]]) else "none, all diverged"
-    print(f"{name}: best on fresh seeds: {winner}; differences and their intervals: {page}")
+    page = f"python -m mmsweep.report {shlex.quote(search.store.url)} --grid {search.round_name(number)}"
+    print(f"{name}: best on fresh seeds: {winner}; its figures: {page}")
+
+
+def _difference(losses: Sequence[float], others: Sequence[float]) -> str:
+    """`−0.0123 [−0.0150, −0.0096] (5)`"""
+    from analysis.stats import paired_t  # scipy takes half a second
+    from analysis.tables import bounds, signed
+
+    found = paired_t([a - b for a, b in zip(losses, others, strict=True) if math.isfinite(a - b)])
+    return f"{signed(found.estimate)}{bounds(found.low, found.high)} ({found.n})" if found.n else "–"
 
 
 def _listed(names: Sequence[str]) -> str:

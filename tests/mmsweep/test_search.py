@@ -58,6 +58,8 @@ class Launches:
     def __init__(self, store: RunStore) -> None:
         self.store = store
         self.losses: dict[str, float] = {"a": 2.0, "b": 1.0, "c": 3.0, "d": 4.0}
+        self.seeds: Callable[[str, int], float] = lambda arm, seed: 0.0
+        """What a seed adds."""
         self.grids: list[Grid] = []
         self.given_up: set[str] = set()
         self.stop_after = math.inf
@@ -79,7 +81,8 @@ class Launches:
                 status["status"] = records.FAILED
             elif self.stop_after > 0:
                 self.stop_after -= 1
-                store.put_summary(run_id, summary(self.losses[run.arm], run.schedule.steps))
+                loss = self.losses[run.arm] + self.seeds(run.arm, run.seed)
+                store.put_summary(run_id, summary(loss, run.schedule.steps))
                 continue
             store.put_status(run_id, status)
             whole = False
@@ -134,7 +137,7 @@ def test_the_best_go_on_over_longer_schedules_and_win_on_fresh_seeds(grid, launc
     printed = capsys.readouterr().out
     assert "tiny: round 2 of 4, 8 steps: a, b" in printed
     rows = [line.split() for line in printed.splitlines() if line[:2] in ("b ", "c ")]
-    assert rows == [["b", "1.0000", "1.0000"], ["c", "–", "3.0000"]]
+    assert rows == [["b", "1.0000", "1.0000", "−2.0000", "(3)"], ["c", "–", "3.0000"]]
     assert "best on fresh seeds: b;" in printed
 
 
@@ -176,6 +179,15 @@ def test_fewer_winners_make_the_last_round_anew(grid, launches):
     assert search(path, launches, "--winners", "1", "--fresh-seeds", "2") == 0
     index = launches.store.grid_index("tiny-fresh")
     assert (list(index["arms"]), index["seeds"]) == (["b"], [3, 4])
+
+
+def test_differences_on_fresh_seeds_are_paired_and_from_the_first_choice(grid, launches, capsys):
+    by_seed = {1: 0.0, 2: 0.0, 3: 0.5, 4: -0.2, 5: math.inf}
+    launches.seeds = lambda arm, seed: by_seed[seed] + (0.01 * seed if arm == "a" else 0.0)
+    assert search(grid(), launches, "--fresh-seeds", "3") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("a  "))
+    # 2.03 and 2.04 against 1: t of one degree of freedom
+    assert line.split("  ")[-1].strip() == "+1.0350 [+0.9715, +1.0985] (2)"
 
 
 @pytest.mark.parametrize("runs", [0, 3, 8, 11, 17])
@@ -227,7 +239,7 @@ def test_winners_that_diverge_on_fresh_seeds_are_said_to(grid, launches, capsys)
     assert search(grid(), launches) == 0
     printed = capsys.readouterr().out
     assert "best on fresh seeds: none, all diverged;" in printed
-    assert ["b", "1.0000", "diverged"] in [line.split() for line in printed.splitlines()]
+    assert ["a", "2.0000", "diverged", "–"] in [line.split() for line in printed.splitlines()]
 
 
 def test_the_rounds_share_a_budget(grid, launches, capsys):
