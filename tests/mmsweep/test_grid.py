@@ -362,6 +362,7 @@ SHIPPED_RUNS = {
     "modular_manifolds": 55,
     "scale": 60,
     "gpt2_family": 9,
+    "search": 150,
 }
 
 
