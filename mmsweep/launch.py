@@ -233,7 +233,7 @@ def _sigterm_saves(attendant: Attendant) -> Iterator[None]:
 
 def _train(this: _Launch, address: str | None, attendant: Attendant, *, show: bool) -> int:
     grid, store = this.grid, this.store
-    finished = _finished(store, grid)
+    finished = finished_runs(store, grid)
     missing = {run_id: run for run_id, run in grid.runs.items() if run_id not in finished}
     store.put_grid(grid.name, grid.text, grid.index())
     if not missing:
@@ -422,7 +422,7 @@ def _finished_at_last(this: _Launch, *, at_most_s: float) -> set[str] | None:
     """The runs that are finished by the end of a launch; None: the store does not say, and nobody waits."""
     try:
         name, store = this.grid.name, this.store
-        return patiently(name, lambda: _finished(store, this.grid), this.say, at_most_s=at_most_s)
+        return patiently(name, lambda: finished_runs(store, this.grid), this.say, at_most_s=at_most_s)
     except (StoreError, KeyboardInterrupt):
         return None
 
@@ -458,7 +458,7 @@ def make_report(store: RunStore, grid: Grid, *, show: bool) -> int:
     return report([store.url, "--grid", grid.name, "--into-store", *(["--open"] if show else [])])
 
 
-def _finished(store: RunStore, grid: Grid) -> set[str]:
+def finished_runs(store: RunStore, grid: Grid) -> set[str]:
     return {
         run_id for run_id, names in store.facts().items() if records.SUMMARY in names and run_id in grid.runs
     }
@@ -475,7 +475,7 @@ def _total(costs: Iterable[Cost]) -> str:
 
 
 def _dry_run(grid: Grid, store: RunStore) -> int:
-    finished = _finished(store, grid)
+    finished = finished_runs(store, grid)
     costs = {run_id: cost(run) for run_id, run in grid.runs.items()}
     axes = _axes(grid)
     rows = [["run", "arm", "seed", *grid.axes, "parameters", "steps x tokens", "FLOP", "store"]]

@@ -28,7 +28,7 @@ from rich.table import Table
 from mmsweep.budget import Budget, concurrent_runs, device_seconds, devices, of_budget, unit
 from mmsweep.contents import size
 from mmsweep.grid import Grid, load_grid
-from mmsweep.launch import amount, grid_path
+from mmsweep.launch import amount, finished_runs, grid_path
 from mmsweep.placement import Need
 from mmsweep.progress import duration
 from mmsweep.resources import Resources
@@ -39,7 +39,7 @@ from trainers.corpus import identify
 from trainers.devices import PEAKS, peak
 from trainers.errors import InputError, did_you_mean
 from trainers.flops import cost
-from trainers.records import COMPLETED, SUMMARY
+from trainers.records import COMPLETED
 from trainers.yamlfile import Layer, explain, parse, raise_if
 
 MFU = 0.35
@@ -134,8 +134,7 @@ def _lanes(arguments: argparse.Namespace, grid: Grid) -> int:
 def _finished(arguments: argparse.Namespace, grid: Grid) -> set[str]:
     if arguments.fresh:
         return set()
-    store = open_store(arguments.store or grid.store)
-    return {run_id for run_id, names in store.facts().items() if SUMMARY in names and run_id in grid.runs}
+    return finished_runs(open_store(arguments.store or grid.store), grid)
 
 
 def _budget(store: RunStore, grid: Grid, budget: Budget) -> str:

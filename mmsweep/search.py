@@ -12,6 +12,7 @@ goes on wherever it was stopped.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import re
 import shlex
@@ -31,6 +32,7 @@ from mmsweep.halving import best, survivors
 from mmsweep.launch import (
     amount,
     exceptions_told,
+    finished_runs,
     grid_path,
     make_report,
     patiently,
@@ -45,7 +47,7 @@ from trainers.config import RunConfig
 from trainers.corpus import identify
 from trainers.errors import InputError, did_you_mean
 from trainers.flops import cost
-from trainers.records import DIVERGED, SUMMARY
+from trainers.records import DIVERGED
 from trainers.yamlfile import printable
 
 HORIZONS = "1/4,1/2,1"
@@ -339,12 +341,12 @@ class _Trainer:
         store, name = self.search.store, self.search.grid.name
 
         def look() -> dict[str, dict[str, Any]]:
-            complete = [r for r, names in store.facts().items() if SUMMARY in names and r in grid.runs]
+            complete = finished_runs(store, grid)
             with ThreadPoolExecutor(_THREADS) as pool:
                 found = dict(zip(complete, pool.map(store.summary, complete), strict=True))
             return {run_id: summary for run_id, summary in found.items() if summary is not None}
 
-        return patiently(name, look, print)
+        return patiently(name, look, functools.partial(print, flush=True))
 
     def _explain(self, number: int, grid: Grid, summaries: Mapping[str, Any], settings: set[str]) -> None:
         """Say why settings have not all their runs; raises `_EndedError` where that ends the search."""

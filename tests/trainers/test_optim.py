@@ -849,12 +849,13 @@ def test_steps_take_no_fresh_memory_from_the_system():
 import resource, statistics, torch
 from torch import nn
 from trainers.optim import ManifoldMuon
-weight = nn.Parameter(torch.randn(70_000, 128))
-optimizer = ManifoldMuon([weight], manifold="dgram", retraction="column_norm")
+weights = [nn.Parameter(torch.randn(70_000, 128)), nn.Parameter(torch.randn(128, 70_000))]
+optimizer = ManifoldMuon(weights, manifold="dgram", retraction="column_norm")
 optimizer.retract_()
 faults = []
 for step in range(9):  # the heap still grows in some
-    weight.grad = torch.randn_like(weight)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     optimizer.step()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
